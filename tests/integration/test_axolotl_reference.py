@@ -1,0 +1,117 @@
+"""`dpo_ext: {reference: …}` in real Axolotl runs: the same losses, no reference model in memory, values kept."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.integration.runs import axolotl, base_keys, run, steps, tail
+
+PLUGIN = "axolotl_dpo_ext.DPOExtPlugin"
+# Axolotl's own hook tells how many models are in memory when training starts.
+COUNTER = """
+import gc, json
+from axolotl.integrations.base import BasePlugin
+from transformers import LlamaForCausalLM
+
+class Counter(BasePlugin):
+    def add_callbacks_post_trainer(self, cfg, trainer):
+        gc.collect()
+        models = [m for m in gc.get_objects() if type(m) is LlamaForCausalLM]
+        weights = {id(p): p.numel() for m in models for p in m.parameters()}
+        policy = sum(p.numel() for p in trainer.accelerator.unwrap_model(trainer.model).parameters())
+        with open("counted.json", "w") as file:
+            json.dump({"all": sum(weights.values()), "policy": policy, "ref_model": trainer.ref_model is not None}, file)
+        return []
+"""
+
+
+def keys(inputs: Path, reference: str | None, **more: Any) -> dict[str, Any]:
+    made = base_keys(inputs / "model", inputs / "chat.jsonl") | {
+        "plugins": [PLUGIN, "counter.Counter"],
+        "micro_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "max_steps": 3,
+        "save_steps": 3,
+        "dpo_ext": {"quality": {"holdout": 8}, "reference": reference} if reference else {"quality": {"holdout": 8}},
+    }
+    return {**made, **more}
+
+
+def train(made: dict[str, Any], folder: Path, store: Path) -> tuple[list[float], dict[str, Any], str]:
+    """Runs `axolotl train`; returns losses and gradient norms, what the counter counted, and the output."""
+    folder.mkdir()
+    (folder / "counter.py").write_text(COUNTER, encoding="utf-8")
+    done = axolotl("train", made, folder, PYTHONPATH=str(folder), AXOLOTL_DPO_EXT_REFERENCE_STORE=str(store))
+    assert done.returncode == 0, tail(done)
+    counted = json.loads((folder / "counted.json").read_text(encoding="utf-8"))
+    return [value for _, *values in steps(folder / "output") for value in values], counted, done.stdout
+
+
+def precompute(made: dict[str, Any], folder: Path, store: Path, processes: int) -> subprocess.CompletedProcess[str]:
+    import yaml
+
+    folder.mkdir()
+    (folder / "counter.py").write_text(COUNTER, encoding="utf-8")
+    (folder / "run.yaml").write_text(yaml.safe_dump(made), encoding="utf-8")
+    starter = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}"] if processes > 1 else []
+    command = [sys.executable, *starter, "-m", "axolotl_dpo_ext", "precompute", "run.yaml", "--json"]
+    environment = {
+        "PYTHONPATH": str(folder),
+        "AXOLOTL_DPO_EXT_REFERENCE_STORE": str(store),
+        "ACCELERATE_USE_CPU": "true",
+    }
+    done = run(command, folder, **environment)
+    assert done.returncode == 0, tail(done)
+    return done
+
+
+def shards(store: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in store.rglob("shard-*")}
+
+
+def test_full_fine_tuning_with_values_that_other_processes_prepared(inputs: Path, tmp_path: Path):
+    store = tmp_path / "store"
+    plain, counted, _ = train(keys(inputs, None), tmp_path / "plain", store)
+    assert counted["ref_model"]
+    assert counted["all"] == 2 * counted["policy"]
+
+    made = keys(inputs, "precomputed")
+    # Axolotl 0.21 asks the driver about every pair of processes, which a CUDA build without a driver does not survive.
+    several = torch.version.cuda is None or torch.cuda.is_available()
+    precompute(made, tmp_path / "prepared", store, processes=2 if several else 1)
+    stored = shards(store)
+    assert stored
+
+    ours, counted, output = train(made, tmp_path / "ours", store)
+    assert ours == pytest.approx(plain, rel=1e-4, abs=1e-6)
+    assert not counted["ref_model"]
+    assert counted["all"] == counted["policy"]
+    assert "0 answers computed" in output
+    assert shards(store) == stored
+    report = json.loads((tmp_path / "ours" / "output" / "dpo_report.json").read_text(encoding="utf-8"))
+    assert "Reference" in json.dumps(report)
+
+    ours, counted, _ = train(keys(inputs, "cpu_offload"), tmp_path / "offloaded", store)
+    assert ours == pytest.approx(plain, rel=1e-4, abs=1e-6)
+    assert not counted["ref_model"]
+
+
+def test_a_lora_starts_and_trains_the_same_with_every_strategy(inputs: Path, tmp_path: Path):
+    lora = {"adapter": "lora", "lora_r": 4, "lora_alpha": 8, "lora_target_linear": True, "lora_dropout": 0.0}
+    found = {
+        strategy: train(keys(inputs, strategy, **lora), tmp_path / strategy, tmp_path / "store")
+        for strategy in ("auto", "gpu", "precomputed")
+    }
+    expected, counted, output = found["auto"]
+    assert "reference = adapter" in output
+    assert not counted["ref_model"]
+    assert found["gpu"][1]["ref_model"]
+    for strategy, (ours, _counted, _output) in found.items():
+        assert ours == pytest.approx(expected, rel=1e-4, abs=1e-6), strategy

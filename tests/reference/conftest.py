@@ -1,0 +1,116 @@
+"""A tiny preference run for the tests of this folder: a Llama on disk, pairs, and trainers around them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from trl import DPOConfig
+
+WORDS = [f"w{number}" for number in range(60)]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tiny models only lose by threads, and other jobs may run beside the tests."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def save_tokenizer(folder: Path) -> None:
+    vocabulary = {word: number for number, word in enumerate(["<pad>", "<eos>", "<unk>", *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
+    ).save_pretrained(folder)
+
+
+@pytest.fixture
+def model_dir(tmp_path: Path) -> Path:
+    """A random Llama whose layers matter, with its tokenizer, in a folder of its own."""
+    folder = tmp_path / "model"
+    save_tokenizer(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(WORDS) + 3,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        initializer_range=0.3,
+        pad_token_id=0,
+        eos_token_id=1,
+        bos_token_id=None,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def pairs() -> Dataset:
+    return make_pairs(12)
+
+
+def make_pairs(count: int, first: int = 0) -> Dataset:
+    def words(start: int, number: int) -> str:
+        return " ".join(WORDS[(start * 7 + i * i) % len(WORDS)] for i in range(number))
+
+    return Dataset.from_list(
+        [
+            {
+                # Every third pair asks what the one before it asked.
+                "prompt": words(i - (i % 3 == 2), 5 + i % 3) + " ",
+                "chosen": words(i + 11, 4 + i % 5),
+                "rejected": words(i + 23, 3 + i % 4),
+            }
+            for i in range(first, first + count)
+        ]
+    )
+
+
+@pytest.fixture
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of the stored values, for this test alone."""
+    monkeypatch.setenv("AXOLOTL_DPO_EXT_REFERENCE_STORE", str(tmp_path / "store"))
+    return tmp_path / "store"
+
+
+@pytest.fixture
+def arguments(model_dir: Path, pairs: Dataset, tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """Returns a function that makes the arguments of a DPO trainer; its own arguments go to ``DPOConfig``."""
+
+    def make(**options: Any) -> dict[str, Any]:
+        given = {
+            "output_dir": str(tmp_path / "output"),
+            "per_device_train_batch_size": 2,
+            "gradient_accumulation_steps": 2,
+            "max_steps": 3,
+            "learning_rate": 1e-3,
+            "lr_scheduler_type": "constant",
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "report_to": [],
+            "disable_tqdm": True,
+            "use_cpu": True,
+            "bf16": False,
+            "seed": 5,
+            "max_length": 64,
+        }
+        return {
+            "args": DPOConfig(**{**given, **options}),
+            "train_dataset": pairs,
+            "processing_class": AutoTokenizer.from_pretrained(model_dir),
+        }
+
+    return make

@@ -1,0 +1,509 @@
+"""The store of reference log-probabilities: what is written is read, and what is not as it was written is named."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import subprocess
+import sys
+import time
+import tracemalloc
+from pathlib import Path
+
+import huggingface_hub.constants
+import numpy as np
+import pytest
+from safetensors.numpy import save
+
+from axolotl_dpo_ext.reference import store_files
+from axolotl_dpo_ext.reference.durable import sealed, unsealed
+from axolotl_dpo_ext.reference.store import STORE_VARIABLE, ReferenceStore, StoredRows, StoreError, store_root
+from axolotl_dpo_ext.reference.store_upkeep import export_store, find_store, plan_pruning, remove, verify_store
+from axolotl_dpo_ext.vocabulary import RunStopped
+
+IDENTITY = {
+    "model": {"name": "lab/llama", "weights": "ab" * 32},
+    "max_length": 512,
+    "ld_alpha": None,
+    "dtype": "bfloat16",
+}
+
+
+def some_rows(count: int, seed: int = 0) -> StoredRows:
+    random = np.random.default_rng(seed)
+    return StoredRows(
+        keys=random.integers(0, 256, (count, 16), dtype=np.uint8),
+        logps=(-100 * random.random(count)).astype(np.float32),
+        tokens=random.integers(1, 500, count).astype(np.int32),
+    )
+
+
+def a_store(root: Path, *seeds: int, count: int = 8) -> ReferenceStore:
+    store = ReferenceStore(root, IDENTITY)
+    for seed in seeds:
+        store.append(some_rows(count, seed))
+    return store
+
+
+def held(store: ReferenceStore, rows: StoredRows) -> bool:
+    """Whether the store returns all of the rows with their values, or none of them."""
+    logps, tokens, found = store.lookup(rows.keys)
+    assert found.all() == found.any()
+    assert not found.any() or ((logps == rows.logps).all() and (tokens == rows.tokens).all())
+    return bool(found.all())
+
+
+def test_what_is_stored_is_found_again_by_key_and_nothing_else_is(tmp_path: Path):
+    stored, other = some_rows(1000, 1), some_rows(10, 2)
+    store = a_store(tmp_path)
+    assert len(store) == 0
+    assert not list(tmp_path.iterdir()), "a store that was only read creates nothing"
+    store.append(stored)
+    for opened in (store, ReferenceStore(tmp_path, IDENTITY)):
+        assert len(opened) == 1000
+        order = np.random.default_rng(3).permutation(1000)
+        logps, tokens, found = opened.lookup(np.concatenate([stored.keys[order], other.keys]))
+        assert found.tolist() == [True] * 1000 + [False] * 10
+        assert (logps[:1000] == stored.logps[order]).all()
+        assert (tokens[:1000] == stored.tokens[order]).all()
+        assert np.isnan(logps[1000:]).all()
+        assert (tokens[1000:] == 0).all()
+        assert (logps.dtype, tokens.dtype, found.dtype) == (np.float32, np.int32, np.bool_)
+
+
+def test_keys_that_begin_or_end_in_zero_bytes_are_different_keys(tmp_path: Path):
+    keys = np.zeros((34, 16), np.uint8)
+    for place in range(16):
+        keys[1 + place, place] = 1
+        keys[17 + place, : place + 1] = 255
+    keys[33] = 254
+    store = a_store(tmp_path)
+    store.append(StoredRows(keys, -np.arange(34, dtype=np.float32), np.arange(1, 35, dtype=np.int32)))
+    logps, tokens, found = ReferenceStore(tmp_path, IDENTITY).lookup(keys)
+    assert found.all()
+    assert (-logps).tolist() == list(range(34))
+    assert tokens.tolist() == list(range(1, 35))
+
+
+def test_an_empty_store_and_an_empty_lookup(tmp_path: Path):
+    store = a_store(tmp_path)
+    assert [len(part) for part in store.lookup(some_rows(3).keys)] == [3, 3, 3]
+    assert [len(part) for part in store.lookup(some_rows(0).keys)] == [0, 0, 0]
+    assert store.append(some_rows(0)) == store.path
+    assert not store.path.exists()
+
+
+def test_another_identity_is_another_store(tmp_path: Path):
+    store = a_store(tmp_path, 1)
+    changed = {**IDENTITY, "model": {"name": "lab/llama", "weights": "ab" * 31 + "ac"}}
+    assert not held(ReferenceStore(tmp_path, changed), some_rows(8, 1))
+    reordered = dict(reversed(IDENTITY.items()))
+    assert held(ReferenceStore(tmp_path, reordered), some_rows(8, 1))
+    assert ReferenceStore.at(store.path).identity == IDENTITY
+
+
+def test_equal_rows_make_one_file_in_whatever_order_and_however_often(tmp_path: Path):
+    rows = some_rows(50)
+    store = a_store(tmp_path)
+    backwards = rows[np.arange(50)[::-1]]
+    assert store.append(rows) == store.append(backwards) == ReferenceStore(tmp_path, IDENTITY).append(rows)
+    assert len(store_files.shard_names(store.path)) == 1
+    assert len(store) == 50
+
+
+def test_refresh_reads_what_others_wrote_and_nothing_twice(tmp_path: Path):
+    first, second = a_store(tmp_path), a_store(tmp_path)
+    path = first.append(some_rows(8, 1))
+    assert not held(second, some_rows(8, 1))
+    second.refresh()
+    assert held(second, some_rows(8, 1))
+    path.write_bytes(b"would show as damaged if it were read again")
+    first.append(some_rows(8, 2))
+    second.refresh()
+    assert second.damaged == []
+    assert held(second, some_rows(8, 1))
+    assert held(second, some_rows(8, 2))
+
+
+@pytest.mark.parametrize(
+    ("logp", "tokens"), [(float("nan"), 5), (float("-inf"), 5), (float("inf"), 5), (-1.0, 0), (-1.0, -3)]
+)
+def test_values_that_cannot_be_right_are_refused_by_key(tmp_path: Path, logp: float, tokens: int):
+    rows = some_rows(8)
+    rows.logps[3], rows.tokens[3] = logp, tokens
+    store = a_store(tmp_path)
+    with pytest.raises(StoreError, match=f"row {rows.keys[3].tobytes().hex()}"):
+        store.append(rows)
+    assert not store.path.exists()
+
+    # And one that got there all the same, with a right name, is not read.
+    store.append(some_rows(8, 1))
+    name, data = store_files.shard_file(rows, store.path.name)
+    (store.path / name).write_bytes(data)
+    opened = ReferenceStore(tmp_path, IDENTITY)
+    assert [file.path.name for file in opened.damaged] == [name]
+    assert rows.keys[3].tobytes().hex() in opened.damaged[0].reason
+    assert len(opened) == 8
+
+
+def test_arrays_that_do_not_fit_together_are_an_error(tmp_path: Path):
+    rows, store = some_rows(8), a_store(tmp_path)
+    with pytest.raises(ValueError, match="8 keys"):
+        store.append(StoredRows(rows.keys, rows.logps[:7], rows.tokens))
+    with pytest.raises(ValueError, match=r"shape \(N, 16\)"):
+        store.lookup(rows.keys[:, :15])
+
+
+def test_values_that_differ_like_two_computations_come_from_the_first_shard_by_name(tmp_path: Path):
+    rows = some_rows(500)
+    other = StoredRows(rows.keys, rows.logps * np.float32(1.002), rows.tokens)
+    paths = {a_store(tmp_path / "a").append(part).name: part for part in (rows, other)}
+    # Written in one order and in the other, read by a process that starts afterwards.
+    for root, order in (("b", (rows, other)), ("c", (other, rows))):
+        store = ReferenceStore(tmp_path / root, IDENTITY)
+        for part in order:
+            store.append(part)
+        assert held(store, order[0]), "a value once read does not change"
+        opened = ReferenceStore(tmp_path / root, IDENTITY)
+        assert held(opened, paths[min(paths)])
+        assert len(opened) == 500
+        assert verify_store(store.path).damaged == ()
+
+
+@pytest.mark.parametrize("change", ["tokens", "logps"])
+def test_shards_that_contradict_each_other_stop_the_run_and_can_be_pruned(tmp_path: Path, change: str):
+    sound, rows = some_rows(8, 1), some_rows(8, 2)
+    changed = {"tokens": StoredRows(rows.keys, rows.logps, rows.tokens + 1),
+               "logps": StoredRows(rows.keys, rows.logps - 20, rows.tokens)}[change]  # fmt: skip
+    store = a_store(tmp_path)
+    named = {store.append(part).name for part in (rows, changed)}
+    with pytest.raises(StoreError) as caught:
+        store.lookup(rows.keys)
+    kept = ReferenceStore(tmp_path / "x", IDENTITY).append(sound)
+    (store.path / kept.name).write_bytes(kept.read_bytes())
+    with pytest.raises(StoreError) as reopened:
+        ReferenceStore(tmp_path, IDENTITY)
+    for error in (caught, reopened):
+        assert all(name in str(error.value) for name in named)
+        assert kept.name not in str(error.value)
+        assert "--damaged" in str(error.value)
+    summary = verify_store(store.path)
+    assert {file.path.name for file in summary.damaged} == named
+    assert summary.rows == 8
+    remove(plan_pruning(tmp_path, [store.path], damaged=True))
+    opened = ReferenceStore(tmp_path, IDENTITY)
+    assert held(opened, sound)
+    assert not held(opened, rows)
+
+
+def test_one_value_twice_in_one_batch_is_stored_once_and_two_values_are_refused(tmp_path: Path):
+    rows = some_rows(8)
+    twice = StoredRows(*(np.concatenate([part, part]) for part in (rows.keys, rows.logps, rows.tokens)))
+    store = a_store(tmp_path)
+    store.append(twice)
+    assert len(store) == 8
+    twice.tokens[8:] += 1
+    with pytest.raises(StoreError, match="twice"):
+        store.append(twice)
+
+
+def flips(path: Path, per_byte: int = 1) -> list[tuple[int, bytes]]:
+    """The file's content with one bit changed: at every byte, in bits that go round."""
+    content = path.read_bytes()
+    found = []
+    for place in range(len(content)):
+        for bit in range(per_byte):
+            changed = bytearray(content)
+            changed[place] ^= 1 << ((place + bit) % 8)
+            found.append((place, bytes(changed)))
+    return found
+
+
+def test_a_flipped_bit_anywhere_in_a_shard_is_found_and_its_rows_are_absent(tmp_path: Path):
+    store = a_store(tmp_path, 1, 2)
+    path = store.append(some_rows(8, 3))
+    for place, content in flips(path):
+        path.write_bytes(content)
+        opened = ReferenceStore(tmp_path, IDENTITY)
+        assert [file.path for file in opened.damaged] == [path], place
+        assert not opened.lookup(some_rows(8, 3).keys)[2].any(), place
+        assert held(opened, some_rows(8, 1))
+        assert held(opened, some_rows(8, 2))
+
+
+def test_a_truncated_or_extended_shard_is_found(tmp_path: Path):
+    store = a_store(tmp_path, 1)
+    path = store.append(some_rows(8, 3))
+    content = path.read_bytes()
+    for changed in [content[:size] for size in (0, 1, 7, 8, 40, len(content) - 1)] + [content + b"\0"]:
+        path.write_bytes(changed)
+        opened = ReferenceStore(tmp_path, IDENTITY)
+        assert [file.path for file in opened.damaged] == [path], len(changed)
+        assert len(opened) == 8
+
+
+def test_a_damaged_shard_is_told_once_and_healed_by_the_same_rows_for_every_process(tmp_path: Path, caplog):
+    store = a_store(tmp_path, 1)
+    path = store.append(some_rows(8, 3))
+    path.write_bytes(path.read_bytes()[:-1])
+    here, elsewhere = ReferenceStore(tmp_path, IDENTITY), ReferenceStore(tmp_path, IDENTITY)
+    elsewhere.refresh()
+    told = [record for record in caplog.records if path.name in record.getMessage()]
+    assert len(told) == 2, "once by each"
+    assert "computed again" in told[0].getMessage()
+    assert here.append(some_rows(8, 3)) == path
+    assert held(here, some_rows(8, 3))
+    elsewhere.refresh()
+    assert held(elsewhere, some_rows(8, 3))
+    assert here.damaged == elsewhere.damaged == []
+
+
+def test_a_flipped_bit_anywhere_in_the_identity_stops_with_the_files_name(tmp_path: Path):
+    store = a_store(tmp_path, 1)
+    path = store.path / "identity.json"
+    original = path.read_bytes()
+    for place, content in flips(path, per_byte=3):
+        path.write_bytes(content)
+        with pytest.raises(StoreError) as caught:
+            ReferenceStore(tmp_path, IDENTITY)
+        assert str(path) in str(caught.value), place
+        assert verify_store(store.path).damaged, place
+    for size in (0, 1, len(original) // 2, len(original) - 1):
+        path.write_bytes(original[:size])
+        with pytest.raises(StoreError, match=r"identity\.json"):
+            ReferenceStore(tmp_path, IDENTITY)
+
+
+def test_a_damaged_identity_can_be_pruned_and_no_value_is_lost_with_it(tmp_path: Path):
+    store = a_store(tmp_path, 1)
+    path = store.path / "identity.json"
+    path.write_bytes(b"{")
+    remove(plan_pruning(tmp_path, damaged=True))
+    assert not path.exists()
+    with pytest.raises(StoreError, match=r"no identity\.json"):
+        ReferenceStore.at(store.path)
+    opened = ReferenceStore(tmp_path, IDENTITY)
+    assert held(opened, some_rows(8, 1))
+    opened.append(some_rows(8, 2))
+    assert held(ReferenceStore.at(store.path), some_rows(8, 2))
+
+
+def test_the_identity_of_another_store_is_named_as_foreign(tmp_path: Path):
+    store = a_store(tmp_path, 1)
+    other = ReferenceStore(tmp_path, {"model": "another"})
+    other.append(some_rows(8))
+    (store.path / "identity.json").write_bytes((other.path / "identity.json").read_bytes())
+    with pytest.raises(StoreError, match="foreign"):
+        ReferenceStore(tmp_path, IDENTITY)
+
+
+def test_a_shard_of_another_store_is_named_as_foreign_and_not_used(tmp_path: Path):
+    store = a_store(tmp_path, 1)
+    other = ReferenceStore(tmp_path, {"model": "another"}).append(some_rows(8, 2))
+    copy = store.path / other.name
+    copy.write_bytes(other.read_bytes())
+    opened = ReferenceStore(tmp_path, IDENTITY)
+    assert [file.path for file in opened.damaged] == [copy]
+    assert other.parent.name in opened.damaged[0].reason
+    assert not held(opened, some_rows(8, 2))
+    assert held(opened, some_rows(8, 1))
+
+
+def test_files_of_a_newer_version_are_named_so_and_never_pruned_as_damaged(tmp_path: Path, monkeypatch):
+    store = a_store(tmp_path, 1)
+    monkeypatch.setattr(store_files, "FORMAT", 2)
+    name, data = store_files.shard_file(some_rows(8, 2), store.path.name)
+    monkeypatch.undo()
+    (store.path / name).write_bytes(data)
+    opened = ReferenceStore(tmp_path, IDENTITY)
+    assert "format version is 2" in opened.damaged[0].reason
+    assert not held(opened, some_rows(8, 2))
+
+    path = store.path / "identity.json"
+    path.write_bytes(sealed({**unsealed(path.read_bytes()), "format": 2}))
+    with pytest.raises(StoreError, match="format version is 2") as caught:
+        ReferenceStore(tmp_path, IDENTITY)
+    assert "update the package" in str(caught.value)
+    assert len(verify_store(store.path).damaged) == 2
+    assert plan_pruning(tmp_path, damaged=True) == []
+
+
+def test_a_file_with_a_shards_name_that_is_no_shard_is_named(tmp_path: Path):
+    store = a_store(tmp_path, 1)
+    rows = some_rows(8, 2)
+    no_metadata = save({"keys": rows.keys, "logps": rows.logps, "tokens": rows.tokens})
+    metadata = {"dpo_reference": f'{{"format":1,"store":"{store.path.name}"}}'}
+    other_types = save({"keys": rows.keys, "logps": rows.logps.astype(np.float64), "tokens": rows.tokens}, metadata)
+    fewer_values = save({"keys": rows.keys, "logps": rows.logps[:7], "tokens": rows.tokens}, metadata)
+    contents = [b"", b"[]", b"\x02\0\0\0\0\0\0\0[]", no_metadata, other_types, fewer_values]
+    for content in contents:
+        (store.path / f"shard-{store_files._checksum(content)}.safetensors").write_bytes(content)
+    opened = ReferenceStore(tmp_path, IDENTITY)
+    assert len(opened.damaged) == len(contents)
+    assert all("no shard" in file.reason for file in opened.damaged)
+    assert len(opened) == 8
+
+
+def test_the_first_value_settled_holds_for_good(tmp_path: Path):
+    store = a_store(tmp_path)
+    assert store.settle("token-budget", 4096) == 4096
+    assert store.settle("token-budget", 8192) == 4096
+    assert ReferenceStore(tmp_path, IDENTITY).settle("token-budget", 1) == 4096
+    assert store.settle("other", 7) == 7
+    with pytest.raises(ValueError, match="file name"):
+        store.settle("../other", 7)
+
+
+def test_a_settled_value_with_a_flipped_bit_or_of_another_store_stops_until_pruned(tmp_path: Path):
+    store = a_store(tmp_path)
+    store.settle("budget", 4096)
+    path = store.path / "settled-budget.json"
+    for place, content in flips(path, per_byte=3):
+        path.write_bytes(content)
+        with pytest.raises(StoreError) as caught:
+            store.settle("budget", 1)
+        assert str(path) in str(caught.value), place
+    assert [file.path for file in verify_store(store.path).damaged] == [path]
+    other = ReferenceStore(tmp_path, {"model": "another"})
+    other.settle("budget", 5)
+    path.write_bytes((other.path / path.name).read_bytes())
+    with pytest.raises(StoreError, match="foreign"):
+        store.settle("budget", 1)
+    remove(plan_pruning(tmp_path, damaged=True))
+    assert store.settle("budget", 1) == 1
+
+
+def test_the_place_is_the_setting_then_the_environment_then_beside_the_hub_cache(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HOME", str(tmp_path / "hf"))
+    monkeypatch.delenv(STORE_VARIABLE, raising=False)
+    assert store_root() == tmp_path / "hf" / "dpo_reference"
+    monkeypatch.setenv(STORE_VARIABLE, str(tmp_path / "variable"))
+    assert store_root() == tmp_path / "variable"
+    assert store_root(tmp_path / "setting") == tmp_path / "setting"
+    assert store_root("~/x") == Path.home() / "x"
+    monkeypatch.setenv(STORE_VARIABLE, "")
+    assert store_root() == tmp_path / "hf" / "dpo_reference"
+
+
+def test_a_place_that_cannot_be_written_is_told_early_with_what_to_change(tmp_path: Path):
+    occupied = tmp_path / "file"
+    occupied.write_text("no folder")
+    store = ReferenceStore(occupied / "below", IDENTITY)
+    for write in (store.check_writable, lambda: store.append(some_rows(1)), lambda: store.settle("x", 1)):
+        with pytest.raises(StoreError) as caught:
+            write()
+        for part in (str(store.path), "NotADirectoryError", "dpo_ext.reference.store", STORE_VARIABLE):
+            assert part in str(caught.value)
+
+
+def test_a_place_that_can_be_written_is_left_without_a_trace_of_the_probe(tmp_path: Path):
+    store = a_store(tmp_path)
+    store.check_writable()
+    assert [path.name for path in store.path.iterdir()] == ["identity.json"]
+
+
+def test_opening_is_remembered_as_last_used(tmp_path: Path):
+    store = a_store(tmp_path, 1)
+    long_ago = time.time() - 100 * 86_400
+    for path in store.path.iterdir():
+        os.utime(path, (long_ago, long_ago))
+    assert [each.path for each in plan_pruning(tmp_path, unused_days=30)] == [store.path]
+    ReferenceStore(tmp_path, IDENTITY)
+    assert plan_pruning(tmp_path, unused_days=30) == []
+
+
+def test_pruning_takes_old_leftovers_of_killed_writers_and_no_young_ones(tmp_path: Path):
+    store = a_store(tmp_path, 1)
+    old, young = store.path / ".tmp-1-old", store.path / ".tmp-2-young"
+    folder = tmp_path / ".tmp-3-half-removed-store"
+    folder.mkdir()
+    for path in (old, young, folder / "shard"):
+        path.write_bytes(b"12345")
+    os.utime(old, (1, 1))
+    os.utime(folder, (1, 1))
+    plan = plan_pruning(tmp_path, damaged=True)
+    assert {(each.path, each.size) for each in plan} == {(old, 5), (folder, 5)}
+    remove(plan)
+    assert not old.exists()
+    assert not folder.exists()
+    assert young.exists()
+    assert held(ReferenceStore(tmp_path, IDENTITY), some_rows(8, 1))
+
+
+def test_a_prefix_names_a_store_only_if_no_other_begins_so(tmp_path: Path):
+    for name in ("ab" * 16, "ac" * 16):
+        (tmp_path / name).mkdir()
+    assert find_store(tmp_path, "ab").name == "ab" * 16
+    for prefix in ("a", "b", ""):
+        with pytest.raises(ValueError, match=r"stores under|no store"):
+            find_store(tmp_path, prefix)
+
+
+def test_a_store_that_is_removed_while_open_is_started_anew(tmp_path: Path):
+    store = a_store(tmp_path, 1)
+    remove(plan_pruning(tmp_path, [store.path]))
+    assert not store.path.exists()
+    store.append(some_rows(8, 2))
+    opened = ReferenceStore(tmp_path, IDENTITY)
+    assert held(opened, some_rows(8, 2))
+    assert not held(opened, some_rows(8, 1))
+
+
+def test_an_export_that_fails_leaves_no_file(tmp_path: Path):
+    store = a_store(tmp_path, 1)
+    with pytest.raises(ValueError, match=r"\.parquet, \.jsonl"):
+        export_store(store.path, tmp_path / "rows.csv")
+    with pytest.raises(OSError, match="No such file"):
+        export_store(store.path, tmp_path / "absent" / "rows.jsonl")
+    assert [path.name for path in tmp_path.iterdir()] == [store.path.name]
+
+
+def test_a_store_error_ends_a_run_and_travels_between_processes():
+    error = pickle.loads(pickle.dumps(StoreError("found\n    why: reason\n    fix: change")))
+    assert isinstance(error, RunStopped)
+    assert "why: reason" in str(error)
+
+
+def test_importing_the_store_loads_no_torch():
+    code = "import sys, axolotl_dpo_ext.reference.store, axolotl_dpo_ext.reference.store_upkeep; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.fixture(scope="module")
+def large_and_small(tmp_path_factory):
+    roots = {}
+    for count in (1_000_000, 10_000):
+        roots[count] = tmp_path_factory.mktemp(f"rows{count}")
+        store = ReferenceStore(roots[count], IDENTITY)
+        rows = some_rows(count)
+        for start in range(0, count, 5000):
+            store.append(rows[np.arange(start, start + 5000)])
+    return roots
+
+
+def test_a_million_rows_cost_as_much_a_row_as_ten_thousand(large_and_small):
+    seconds = {}
+    for count, root in large_and_small.items():
+        keys = some_rows(count).keys
+        runs = []
+        for _ in range(3):
+            start = time.process_time()
+            found = ReferenceStore(root, IDENTITY).lookup(keys)[2]
+            runs.append((time.process_time() - start) / count)
+            assert found.all()
+        seconds[count] = min(runs)
+    # A search goes deeper and leaves the processor's cache; without an index the factor would be 100.
+    assert seconds[1_000_000] < 10 * seconds[10_000]
+    assert seconds[1_000_000] * 1_000_000 < 5
+
+
+def test_a_row_takes_24_bytes_of_memory(large_and_small):
+    tracemalloc.start()
+    try:
+        store = ReferenceStore(large_and_small[1_000_000], IDENTITY)
+        now, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(store) == 1_000_000
+    assert now < 26 * 1_000_000
+    assert peak < 120 * 1_000_000
