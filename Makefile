@@ -19,7 +19,8 @@ UV ?= $(or $(shell uv --version >/dev/null 2>&1 && command -v uv),$(VENV)/bin/uv
 # -qq hides pip's progress and its harmless warnings about absent local folders, but no error.
 PIP_A := $(VENV)/bin/python -m pip install -qq -c constraints/stack-a.txt
 PIP_C := $(VENV_C)/bin/python -m pip install -qq -c constraints/stack-c.txt
-UV_B := $(UV) pip install -q --python $(VENV_B)/bin/python -c constraints/stack-b.txt
+# Compiled on installing, as pip does: where PYTHONDONTWRITEBYTECODE is set, every start would compile it all again.
+UV_B := $(UV) pip install -q --compile-bytecode --python $(VENV_B)/bin/python -c constraints/stack-b.txt
 
 # `axolotl train` starts the `accelerate` that PATH finds, so an environment's commands need its bin folder there.
 in_venv = PATH="$(abspath $(1))/bin:$$PATH"

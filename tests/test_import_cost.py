@@ -33,9 +33,10 @@ def test_importing_loads_no_heavy_library(module: str):
 @pytest.mark.stack
 @pytest.mark.skipif(not importlib.util.find_spec("axolotl"), reason="stack C has no Axolotl")
 def test_the_plugin_adds_no_library_to_axolotls_own_and_at_most_50_ms():
-    # What an Axolotl run does before it loads plugins, then what loading ours adds.
+    # What an Axolotl run has loaded when it comes to its plugins, then what loading ours adds.
     code = """
 import sys, time, json
+import axolotl.cli.config
 from axolotl.integrations.base import PluginManager
 before = set(sys.modules)
 start = time.process_time()
@@ -45,7 +46,7 @@ plugin.register({"rl": "dpo"})
 seconds = time.process_time() - start
 print(json.dumps([seconds, sorted(set(sys.modules) - before)]))
 """
-    runs = [json.loads(run(code)[-1]) for _ in range(5)]
+    runs = [json.loads(run(code)[-1]) for _ in range(3)]
     for _seconds, added in runs:
         assert [name for name in added if name.split(".")[0] in ("torch", "trl", "transformers", "datasets")] == []
     # The fastest run: what the machine does beside us only ever adds time.
