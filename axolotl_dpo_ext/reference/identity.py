@@ -237,3 +237,22 @@ def whole_everywhere(model: nn.Module, processes: Processes) -> bool:
     """
     samples = processes.gather(sample_digest(model))
     return None not in samples and len(set(samples)) == 1
+
+
+def check_on_one_device(model: nn.Module, strategy: str) -> None:
+    """Refuses a model that ``device_map`` spreads over devices: moving it anywhere would put all of it on one.
+
+    Args:
+        model: A causal language model, or a PEFT model around one.
+        strategy: The strategy that would move it.
+
+    Raises:
+        RunStopped: Its parts are on several devices.
+    """
+    places = sorted({str(place) for place in (getattr(causal_model_of(model), "hf_device_map", None) or {}).values()})
+    if len(places) > 1:
+        raise RunStopped(
+            f"`reference: {strategy}`, and device_map spreads the policy over {', '.join(places)}\n"
+            f"    why: it is moved as a whole while the reference is made, which would put all of it on one device\n"
+            f"    fix: use `reference: adapter` with a LoRA or `reference: gpu`, or load the policy on one device"
+        )

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from axolotl_dpo_ext.reference.bandwidth import Calibration, active_fraction, calibrate, predict
 from axolotl_dpo_ext.reference.copies import frozen_copy
-from axolotl_dpo_ext.reference.identity import whole_everywhere
+from axolotl_dpo_ext.reference.identity import check_on_one_device, whole_everywhere
 from axolotl_dpo_ext.reference.logprobs import causal_model_of
 from axolotl_dpo_ext.reference.offload import CpuReference, OffloadedReference, StreamedReference
 from axolotl_dpo_ext.reference.processes import Processes
@@ -88,6 +88,7 @@ def _dtype(model: Any, policy: Policy) -> torch.dtype:
 
 def _host_copy(policy: Policy) -> Any:
     model: Any = policy.model
+    check_on_one_device(model, "cpu_offload")
     if not whole_everywhere(model, Processes()):
         raise RunStopped(
             "`reference: cpu_offload`, and not every process holds the whole model\n"

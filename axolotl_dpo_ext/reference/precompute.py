@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import time
@@ -172,12 +173,21 @@ def _compute(
     processes: Processes,
     label: str,
 ) -> None:
+    _check_store(store, processes)
     with processes.failing_together():
-        store.check_writable()
         computes, batching = scorer(part.answers)
         shards = plan_shards(part.answers, missing, batching)
         writer = _ShardWriter(part, definition, store, computes, batching)
         writer.write(shards[processes.rank :: processes.count], label, hidden=processes.rank != 0)
+
+
+def _check_store(store: ReferenceStore, processes: Processes) -> None:
+    with contextlib.ExitStack() as marked:
+        with processes.failing_together():
+            mark = marked.enter_context(store.marked())
+        marks = processes.gather(mark)
+        with processes.failing_together():  # its end is also where everybody has looked, and marks may go
+            store.check_shared(marks)
 
 
 def plan_shards(answers: Sequence[Answer], missing: NDArray[np.bool_], batching: Batching) -> list[list[list[Row]]]:

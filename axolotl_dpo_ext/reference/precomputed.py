@@ -9,7 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from axolotl_dpo_ext.reference.identity import changes_base_weights, reference_identity, whole_everywhere
+from axolotl_dpo_ext.reference.identity import (
+    changes_base_weights,
+    check_on_one_device,
+    reference_identity,
+    whole_everywhere,
+)
 from axolotl_dpo_ext.reference.precompute import Batching, PairLogProbs, Scorer, reference_log_probs
 from axolotl_dpo_ext.reference.processes import Processes
 from axolotl_dpo_ext.reference.randomness import random_state_kept
@@ -88,6 +93,7 @@ class PrecomputedReference(Reference):
     def _ready(self, whole: bool) -> Iterator[nn.Module]:
         """Puts the model in the state in which it computes the reference, and back."""
         model: Any = self._policy.model
+        check_on_one_device(model, "precomputed")
         if not whole:
             raise RunStopped(
                 "reference log-probabilities are missing from the store, and not every process holds the whole model\n"
@@ -111,12 +117,13 @@ class PrecomputedReference(Reference):
 
     def _scorer(self, model: nn.Module, answers: Sequence[Answer], store: ReferenceStore) -> tuple[Scorer, Batching]:
         from axolotl_dpo_ext.reference.logprobs import AnswerScorer
-        from axolotl_dpo_ext.reference.probe import choose_batching
+        from axolotl_dpo_ext.reference.probe import choose_batching, scales_positions
 
         scorer = AnswerScorer(model, self._policy.autocast)
         # Remembered, so that a run that goes on where another was killed makes the same batches.
         share, budget = store.settled(SHARE), store.settled(BUDGET)
-        if share is None or budget is None:
+        # Where values depend on the length of rows, what held for shorter ones says nothing.
+        if share is None or budget is None or scales_positions(model):
             chosen = choose_batching(scorer, model, answers)
             share, budget = store.settle(SHARE, int(chosen.share_prompts)), store.settle(BUDGET, chosen.budget)
         return scorer, Batching(bool(share), budget)

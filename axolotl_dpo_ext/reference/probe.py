@@ -56,24 +56,34 @@ def choose_batching(scorer: AnswerScorer, model: nn.Module, answers: Sequence[An
     if isinstance(shared, Exception) or shared > tolerance:
         found = f"{shared}" if isinstance(shared, Exception) else f"values differ by {shared:.1e}"
         LOG.warning("%s: each answer is computed with its own prompt, since sharing it is not exact (%s)", name, found)
-        _check_unshared(scorer, rows, wanted, tolerance, name)
+        _check_unshared(scorer, rows, wanted, tolerance, model)
         return Batching(False, _budget(scorer, rows, False))
     LOG.info("%s: prompts are computed once for all their answers (largest difference %.1e)", name, shared)
     return Batching(True, _budget(scorer, rows, True))
 
 
 def _check_unshared(
-    scorer: AnswerScorer, rows: list[Row], wanted: list[NDArray[np.float64]], tolerance: float, name: str
+    scorer: AnswerScorer, rows: list[Row], wanted: list[NDArray[np.float64]], tolerance: float, model: nn.Module
 ) -> None:
     alone = [Row((answer,), (0,)) for row in rows for answer in row.answers]
     difference = _difference(scorer, alone, False, wanted)
-    if isinstance(difference, Exception) or difference > tolerance:
+    if not isinstance(difference, Exception) and difference <= tolerance:
+        return
+    name, scaled = type(model).__name__, scales_positions(model)
+    if scaled:
         raise RunStopped(
-            f"the log-probabilities of {name} can't be computed at the answers' positions only ({difference})\n"
-            f"    why: its head needs more than the hidden states of those positions, or these depend on tokens that "
-            f"come after\n"
-            f"    fix: use `reference: gpu`, or `adapter` with a LoRA"
+            f"the log-probabilities of {name} depend on which answers are computed together ({difference})\n"
+            f"    why: its rotary positions ({scaled}) are scaled by the longest row of a batch, also in TRL, so a "
+            f"stored value would not be the one of a training batch\n"
+            f"    fix: lower sequence_len (TRL: max_length) to the length from which it scales, or use "
+            f"`reference: gpu`, or `adapter` with a LoRA"
         )
+    raise RunStopped(
+        f"the log-probabilities of {name} can't be computed at the answers' positions only ({difference})\n"
+        f"    why: its head needs more than the hidden states of those positions, or these depend on tokens that "
+        f"come after\n"
+        f"    fix: use `reference: gpu`, or `adapter` with a LoRA"
+    )
 
 
 def _probe_rows(answers: Sequence[Answer], model: nn.Module) -> list[Row]:
@@ -99,9 +109,19 @@ def _depends_on_length(model: nn.Module) -> bool:
     """Whether a model attends otherwise, or scales positions otherwise, from some length on."""
     config: Any = model.config.get_text_config()  # type: ignore[union-attr, operator]
     windows = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size", "local_attention"))
-    rope = json.dumps(getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None), default=str)
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    return any(windows) or kinds != {"full_attention"} or any(f'"{kind}"' in rope for kind in ("dynamic", "longrope"))
+    return any(windows) or kinds != {"full_attention"} or scales_positions(model) is not None
+
+
+def scales_positions(model: nn.Module) -> str | None:
+    """Returns the kind of rotary embedding whose frequencies follow the longest row of a batch, if a model has it.
+
+    Args:
+        model: A causal language model.
+    """
+    config: Any = model.config.get_text_config()  # type: ignore[union-attr, operator]
+    rope = json.dumps(getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None), default=str)
+    return next((kind for kind in ("dynamic", "longrope") if f'"{kind}"' in rope), None)
 
 
 def _two_answers(row: Row) -> Row:

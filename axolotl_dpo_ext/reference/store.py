@@ -12,8 +12,9 @@ import contextlib
 import json
 import logging
 import os
+import platform
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -216,21 +217,46 @@ class ReferenceStore:
         self._pending.append(rows)
         return path
 
-    def check_writable(self) -> None:
-        """Creates the store and writes a file in it, to fail before hours of computing rather than after.
+    @contextlib.contextmanager
+    def marked(self) -> Iterator[str]:
+        """Creates the store and, for a while, a file in it: to fail before hours of computing rather than after.
+
+        Yields:
+            The file's name, for ``check_shared``.
 
         Raises:
             StoreError: It can't be written; the message names the folder, the reason and the setting.
         """
-        probe = self.path / temporary_name()
+        mark = self.path / temporary_name()
         try:
-            self._create()
             try:
-                probe.write_bytes(bytes(4096))
-            finally:
-                probe.unlink(missing_ok=True)
-        except OSError as error:
-            raise self._not_written(error) from error
+                self._create()
+                mark.write_bytes(bytes(4096))
+            except OSError as error:
+                raise self._not_written(error) from error
+            yield mark.name
+        finally:
+            with contextlib.suppress(OSError):
+                mark.unlink(missing_ok=True)
+
+    def check_shared(self, marks: Sequence[str]) -> None:
+        """Checks that other processes write where this one reads.
+
+        Args:
+            marks: The names of the files of all processes, in the order of their ranks.
+
+        Raises:
+            StoreError: Some of them are elsewhere: nodes with a folder of the same name each.
+        """
+        unseen = [rank for rank, mark in enumerate(marks) if not (self.path / mark).exists()]
+        if unseen:
+            raise _stop(
+                f"the reference store {self.path} is not one folder for all {len(marks)} processes: on "
+                f"{platform.node()} nothing is seen of what processes {', '.join(map(str, unseen))} write",
+                "each process computes a share of the values and reads those of the others from the store",
+                f"name a folder on a file system that all nodes share with `{STORE_SETTING}` or {STORE_VARIABLE}, or "
+                "run `dpo-precompute` on one node and copy the folder to the others",
+            )
 
     def settle(self, name: str, value: int) -> int:
         """Remembers a value for good: the first that any process settles.

@@ -504,6 +504,18 @@ def test_a_model_that_needs_other_positions_is_refused_with_the_reason(parts: di
     assert not list(tmp_path.glob("*/*/shard-*"))
 
 
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_positions_scaled_by_the_longest_row_of_a_batch_are_refused_with_that_reason(kind: str):
+    length = max(len(answer.ids) for answer in ANSWERS)
+    longrope = {"long_factor": [3.0] * 4, "short_factor": [1.0] * 4, "original_max_position_embeddings": length // 2}
+    rope = {"rope_type": kind, "rope_theta": 100.0, "factor": 4.0, **(longrope if kind == "longrope" else {})}
+    model = make_model(max_position_embeddings=length // 2, rope_parameters=rope)
+    with pytest.raises(RunStopped, match=rf"(?s)depend on which answers are computed together.*\({kind}\)"):
+        choose_batching(AnswerScorer(model), model, ANSWERS)
+    short = [answer for answer in ANSWERS if len(answer.ids) <= length // 2]
+    assert choose_batching(AnswerScorer(model), model, short).share_prompts
+
+
 def test_answers_too_long_to_be_compared_are_named(monkeypatch: pytest.MonkeyPatch):
     from axolotl_dpo_ext.reference import probe
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import random
 import signal
 import subprocess
@@ -575,10 +576,10 @@ def failing(answers):
         raise ValueError("this process has no model")
     return one, batching
 
-def report(name, rank, scorer):
+def report(name, rank, scorer, folder=""):
     try:
         processes = Processes()
-        store = ReferenceStore(ROOT / name, {})
+        store = ReferenceStore(ROOT / name / folder, {})
         found = reference_log_probs(dataset, LogProbDefinition(), store, scorer, processes)
         said = [processes.count, processes.rank, found.computed, found.chosen.tolist(), found.rejected.tolist()]
         said = [sum(scored), *said]
@@ -586,7 +587,7 @@ def report(name, rank, scorer):
         said = [type(error).__name__, str(error)]
     (ROOT / f"{name}-{rank}.json").write_text(json.dumps(said))
 
-def torchrun(name, scorer):
+def torchrun(name, scorer, folders=("", "")):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -596,7 +597,7 @@ def torchrun(name, scorer):
             RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
             MASTER_PORT=str(port), ACCELERATE_USE_CPU="true",
         )
-        children.append(forked(lambda rank=rank: report(name, rank, scorer)))
+        children.append(forked(lambda rank=rank: report(name, rank, scorer, folders[rank])))
     return children
 
 def one():
@@ -604,7 +605,7 @@ def one():
         os.environ.pop(name, None)
     report("one", 0, scorer)
 
-runs = torchrun("two", scorer) + torchrun("failing", failing) + [forked(one)]
+runs = torchrun("two", scorer) + torchrun("failing", failing) + torchrun("apart", scorer, ("a", "b")) + [forked(one)]
 deadline = time.monotonic() + 50
 while runs and time.monotonic() < deadline:
     runs = [child for child in runs if os.waitpid(child, os.WNOHANG)[0] == 0]
@@ -630,6 +631,16 @@ def test_two_processes_store_the_bytes_of_one_and_fail_together(tmp_path: Path):
     first, second = (json.loads((tmp_path / f"failing-{rank}.json").read_text()) for rank in range(2))
     assert first == ["RunStopped", "process 1 of 2 failed: ValueError: this process has no model"]
     assert second == ["ValueError", "this process has no model"]
+    # As on two nodes, each with a disk of its own: said before anything is computed.
+    for rank, other in ((0, 1), (1, 0)):
+        kind, said = json.loads((tmp_path / f"apart-{rank}.json").read_text())
+        assert kind == "StoreError"
+        assert (
+            f"is not one folder for all 2 processes: on {platform.node()} nothing is seen of what processes {other}"
+            in said
+        )
+        assert shards(tmp_path / "apart" / "ab"[rank]) == {}
+    assert not list(tmp_path.rglob(".tmp-*"))
 
 
 def test_a_failure_in_reading_what_others_stored_is_told_to_all_processes(

@@ -389,7 +389,7 @@ def test_a_place_that_cannot_be_written_is_told_early_with_what_to_change(tmp_pa
     occupied = tmp_path / "file"
     occupied.write_text("no folder")
     store = ReferenceStore(occupied / "below", IDENTITY)
-    for write in (store.check_writable, lambda: store.append(some_rows(1)), lambda: store.settle("x", 1)):
+    for write in (store.marked().__enter__, lambda: store.append(some_rows(1)), lambda: store.settle("x", 1)):
         with pytest.raises(StoreError) as caught:
             write()
         for part in (str(store.path), "NotADirectoryError", "dpo_ext.reference.store", STORE_VARIABLE):
@@ -398,7 +398,8 @@ def test_a_place_that_cannot_be_written_is_told_early_with_what_to_change(tmp_pa
 
 def test_a_place_that_can_be_written_is_left_without_a_trace_of_the_probe(tmp_path: Path):
     store = a_store(tmp_path)
-    store.check_writable()
+    with store.marked():
+        assert len(list(store.path.iterdir())) == 2
     assert [path.name for path in store.path.iterdir()] == ["identity.json"]
 
 

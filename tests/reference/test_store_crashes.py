@@ -177,7 +177,7 @@ else:
 store = ReferenceStore(ROOT, IDENTITY)
 found = bool(store.lookup(rows(1).keys)[2].all())
 told = []
-for write in (store.check_writable, lambda: store.append(rows(2)), lambda: store.settle("new", 1)):
+for write in (store.marked().__enter__, lambda: store.append(rows(2)), lambda: store.settle("new", 1)):
     try:
         write()
         told.append("")
@@ -210,7 +210,7 @@ signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 store = precompute([1])
 resource.setrlimit(resource.RLIMIT_FSIZE, (2000, resource.RLIM_INFINITY))
 told = []
-for write in (store.check_writable, lambda: store.append(rows(2, count=500))):
+for write in (store.marked().__enter__, lambda: store.append(rows(2, count=500))):
     try:
         write()
         told.append("")

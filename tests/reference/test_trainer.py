@@ -12,10 +12,10 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 from trl import DPOTrainer
 
-from axolotl_dpo_ext.reference import Reference, ReferenceDPOTrainer, ReferenceMixin, ReferenceStrategy
+from axolotl_dpo_ext.reference import Checkpoint, Reference, ReferenceDPOTrainer, ReferenceMixin, ReferenceStrategy
 from axolotl_dpo_ext.reference.logprobs import AnswerScorer
 from axolotl_dpo_ext.reference.losses import SERVED
 from axolotl_dpo_ext.vocabulary import ConfigurationError, RunStopped
@@ -105,6 +105,30 @@ def test_normalisation_and_truncation_are_trls(
     plain = trajectory(DPOTrainer(str(model_dir), **arguments(**options)))
     ours = trajectory(ReferenceDPOTrainer(str(model_dir), **arguments(**options), reference=strategy))
     assert ours == pytest.approx(plain, rel=1e-4, abs=1e-6)
+
+
+def test_longer_rows_of_a_model_that_scales_positions_by_them_are_refused_also_after_shorter_ones(
+    model_dir: Path, arguments: Arguments, store: Path
+):
+    config = AutoConfig.from_pretrained(model_dir)
+    config.rope_parameters = {"rope_type": "dynamic", "rope_theta": 100.0, "factor": 4.0}
+    config.max_position_embeddings = 10
+    config.save_pretrained(model_dir)
+    ReferenceDPOTrainer(str(model_dir), **arguments(max_length=9), reference="precomputed")
+    with pytest.raises(RunStopped, match="depend on which answers are computed together"):
+        ReferenceDPOTrainer(str(model_dir), **arguments(), reference="precomputed")
+
+
+@pytest.mark.parametrize("strategy", ["precomputed", "cpu_offload"])
+def test_a_model_spread_over_devices_is_refused_with_what_serves_it(
+    strategy: str, model_dir: Path, arguments: Arguments, store: Path, tmp_path: Path
+):
+    places = {"model.embed_tokens": "cpu", "model.layers": "disk", "model.norm": "cpu", "model.rotary_emb": "cpu"}
+    model = AutoModelForCausalLM.from_pretrained(
+        model_dir, device_map={**places, "lm_head": "cpu"}, offload_folder=str(tmp_path / "disk")
+    )
+    with pytest.raises(RunStopped, match="spreads the policy over cpu, disk"):
+        ReferenceDPOTrainer(model, **arguments(), reference=strategy, checkpoint=Checkpoint(str(model_dir)))
 
 
 @pytest.mark.parametrize("strategy", ["precomputed", "cpu_offload"])
