@@ -8,6 +8,8 @@ CONFIG ?= $(BUILTIN_CONFIG)
 BUILTIN_CONFIG := example_configs/quickstart.yaml
 # More arguments for pytest: make test PYTEST_ARGS='-k settings'
 PYTEST_ARGS ?=
+# Processes that run tests side by side; each may hold a training run of its own (about 3 GB of memory).
+WORKERS ?= 2
 
 VENV ?= .venv
 VENV_B ?= .venv-b
@@ -28,7 +30,7 @@ in_venv = PATH="$(abspath $(1))/bin:$$PATH"
 untracked := AXOLOTL_DO_NOT_TRACK=1 DO_NOT_TRACK=1
 # Neither a test nor making the example's inputs needs the network, and neither should report usage.
 offline := $(untracked) HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 WANDB_MODE=disabled
-run_tests = mkdir -p build && $(call in_venv,$(1)) $(offline) UV="$(abspath $(UV))" python -m pytest
+run_tests = mkdir -p build && $(call in_venv,$(1)) $(offline) UV="$(abspath $(UV))" python -m pytest -n $(WORKERS) --dist worksteal
 # On the further stacks: real training runs, and whatever depends on the installed versions.
 on_every_stack := -m 'integration or stack'
 
