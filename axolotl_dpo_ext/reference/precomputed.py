@@ -59,6 +59,8 @@ class PrecomputedReference(Reference):
             processes = Processes()
             store = self._open(processes)
             whole = whole_everywhere(self._policy.model, processes)
+            if len(set(processes.gather(store.path.name))) > 1:
+                raise _not_whole("the processes hold different weights, which would each have a store of their own")
             with contextlib.ExitStack() as stack:
 
                 def scorer(answers: Sequence[Answer]) -> tuple[Scorer, Batching]:
@@ -95,11 +97,7 @@ class PrecomputedReference(Reference):
         model: Any = self._policy.model
         check_on_one_device(model, "precomputed")
         if not whole:
-            raise RunStopped(
-                "reference log-probabilities are missing from the store, and not every process holds the whole model\n"
-                "    why: with ZeRO-3, or FSDP with CPU-efficient loading, no process can compute them by itself\n"
-                "    fix: run `axolotl dpo-precompute CONFIG.yaml` first, which loads the model whole in each process"
-            )
+            raise _not_whole("reference log-probabilities are missing from the store")
         training = {module: module.training for module in model.modules()}
         home = next(model.parameters()).device
         disabled = contextlib.nullcontext()
@@ -127,3 +125,11 @@ class PrecomputedReference(Reference):
             chosen = choose_batching(scorer, model, answers)
             share, budget = store.settle(SHARE, int(chosen.share_prompts)), store.settle(BUDGET, chosen.budget)
         return scorer, Batching(bool(share), budget)
+
+
+def _not_whole(found: str) -> RunStopped:
+    return RunStopped(
+        f"{found}, and not every process holds the whole model\n"
+        f"    why: with ZeRO-3, or FSDP with CPU-efficient loading, no process can compute them by itself\n"
+        f"    fix: run `axolotl dpo-precompute CONFIG.yaml` first, which loads the model whole in each process"
+    )
