@@ -87,6 +87,13 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
+def undistributed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever started the tests, what they look at is started alone."""
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
 def arguments(model_dir: Path, pairs: Dataset, tmp_path: Path) -> Callable[..., dict[str, Any]]:
     """Returns a function that makes the arguments of a DPO trainer; its own arguments go to ``DPOConfig``."""
 
