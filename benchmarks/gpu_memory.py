@@ -217,7 +217,7 @@ def _clock(machine: Machine, warm_up: int) -> Any:
 
 def measure_host_reference(size: Size, machine: Machine) -> dict[str, Any]:
     """Measures what of a reference in host memory is on the device, at most, while it computes a short input."""
-    from axolotl_dpo_ext.reference.offload import StreamedReference
+    from axolotl_dpo_ext.reference.streamed import StreamedReference
 
     say("a reference in host memory")
     model = make_model(size, "cpu")

@@ -10,7 +10,6 @@ files stay.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import tempfile
 import time
@@ -21,6 +20,7 @@ from typing import Any
 from support import inputs  # first: it keeps Hugging Face's libraries off the network
 
 import torch  # isort: skip
+from support import arguments
 from support.measure import report, say, seconds_of
 
 CHANGES: dict[str, dict[str, Any]] = {
@@ -138,12 +138,8 @@ def print_table(ours: dict[str, Any], trl: dict[str, Any]) -> None:
 
 def main() -> None:
     """Measures what the command line asks for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, help="a file of preference pairs; default: multi-turn conversations")
-    parser.add_argument("--model", type=Path, help="a model's folder; default: the small one of shared/, or a made one")
-    parser.add_argument("--pairs", type=int, default=24, help="pairs of the dataset (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")
-    asked = parser.parse_args()
+    about_data = "; default: multi-turn conversations"
+    asked = arguments.parser(__doc__, about_data, pairs=24, pairs_of="the dataset").parse_args()
     torch.set_num_threads(asked.threads)
     from trl import DPOTrainer
 

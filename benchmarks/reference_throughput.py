@@ -9,7 +9,6 @@ weights' identity, probe, batches, forwards, shards on the disk, and reading the
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from typing import Any
 from support import inputs  # first: it keeps Hugging Face's libraries off the network
 
 import torch  # isort: skip
+from support import arguments
 from support.measure import report, say
 from support.precompute import compare, mean_tokens, print_table, trl_trainer
 
@@ -84,11 +84,7 @@ def _with_cut_answers(row: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     """Measures what the command line asks for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, help="a file of preference pairs instead of the three workloads")
-    parser.add_argument("--model", type=Path, help="a model's folder; default: the small one of shared/, or a made one")
-    parser.add_argument("--pairs", type=int, default=28, help="pairs of each workload (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")
+    parser = arguments.parser(__doc__, " instead of the three workloads", pairs=28, pairs_of="each workload")
     parser.add_argument("--repeats", type=int, default=3, help="runs whose median counts (default: %(default)s)")
     parser.add_argument("--long-prompts", action="store_true", help="only with answers cut to a quarter of the prompt")
     asked = parser.parse_args()

@@ -14,6 +14,7 @@ import json
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 REQUESTS = ("book", "move", "check", "send", "find", "cancel", "change", "print")
 THINGS = (
@@ -91,27 +92,27 @@ def make_tokenizer(texts: list[str], folder: Path) -> None:
     fast.save_pretrained(folder)
 
 
-def make_model(folder: Path, seed: int = 0) -> None:
-    """Saves a Llama with random weights: 2 layers, width 64, fp32."""
+def make_model(folder: Path, seed: int = 0, **sizes: Any) -> None:
+    """Saves a Llama with random weights in fp32: 2 layers of width 64, or other sizes by name."""
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        tie_word_embeddings=False,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    usual = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.eos_token_id,
+        "tie_word_embeddings": False,
+    }
+    LlamaForCausalLM(LlamaConfig(**{**usual, **sizes})).save_pretrained(folder)
 
 
 def make_inputs(folder: Path) -> None:

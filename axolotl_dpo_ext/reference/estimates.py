@@ -9,7 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from axolotl_dpo_ext.reference.situation import ModelShape, Situation
+from axolotl_dpo_ext.reference.checkpoint_size import ModelShape
+from axolotl_dpo_ext.reference.situation import Situation
 
 if TYPE_CHECKING:
     from axolotl_dpo_ext.reference.bandwidth import Calibration

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from axolotl_dpo_ext.reference.attention import Segments, shared_prompts
 from axolotl_dpo_ext.reference.batching import Row
+from axolotl_dpo_ext.reference.forwards import replaced_forwards
 
 # Logits that exist at one moment, in elements: 32 M in float32 are 128 MiB.
 HEAD_CHUNK_ELEMENTS = 2**25
@@ -41,6 +42,11 @@ def causal_model_of(model: nn.Module) -> Any:
     return inside() if callable(inside) else model
 
 
+def text_config(causal: Any) -> Any:
+    """Returns the configuration of the part of a causal language model that reads text."""
+    return causal.config.get_text_config()
+
+
 class LanguageModelHead:
     """A model's own path from hidden states to logits, for any number of positions.
 
@@ -51,8 +57,7 @@ class LanguageModelHead:
     def __init__(self, model: nn.Module, chunk_elements: int = HEAD_CHUNK_ELEMENTS) -> None:
         self._model = causal_model_of(model)
         self._backbone = backbone_of(model)
-        vocabulary = self._model.config.get_text_config().vocab_size
-        self._chunk = max(1, chunk_elements // int(vocabulary))
+        self._chunk = max(1, chunk_elements // int(text_config(self._model).vocab_size))
 
     def log_probs(self, hidden: Tensor, targets: Tensor, outputs: Any) -> Tensor:
         """Returns the log-probability of each target token.
@@ -74,21 +79,8 @@ class LanguageModelHead:
     def _logits(self, hidden: Tensor, outputs: Any) -> Tensor:
         stand_in = type(outputs)(last_hidden_state=hidden[None])
         placeholder = torch.zeros((1, len(hidden)), dtype=torch.long, device=hidden.device)
-        with _returning(self._backbone, stand_in):
+        with replaced_forwards([(self._backbone, lambda *args, **kwargs: stand_in)]):
             return self._model(input_ids=placeholder, use_cache=False).logits[0]  # type: ignore[no-any-return]
-
-
-@contextlib.contextmanager
-def _returning(module: nn.Module, value: Any) -> Iterator[None]:
-    own = vars(module).get("forward")  # such as accelerate's on a model that it spreads over devices
-    module.forward = lambda *args, **kwargs: value
-    try:
-        yield
-    finally:
-        if own is None:
-            del module.forward
-        else:
-            module.forward = own
 
 
 def _token_log_probs(logits: Tensor, targets: Tensor) -> Tensor:
@@ -170,7 +162,7 @@ class AnswerScorer:
     def __init__(self, model: nn.Module, autocast: torch.dtype | None = None) -> None:
         self._model = model
         self._backbone = backbone_of(model)
-        self._config = causal_model_of(model).config.get_text_config()
+        self._config = text_config(causal_model_of(model))
         self._head = LanguageModelHead(model)
         self._autocast = autocast
 

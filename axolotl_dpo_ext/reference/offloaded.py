@@ -13,10 +13,11 @@ from axolotl_dpo_ext.reference.bandwidth import Calibration, active_fraction, ca
 from axolotl_dpo_ext.reference.copies import frozen_copy
 from axolotl_dpo_ext.reference.identity import check_on_one_device, whole_everywhere
 from axolotl_dpo_ext.reference.logprobs import causal_model_of
-from axolotl_dpo_ext.reference.offload import CpuReference, OffloadedReference, StreamedReference
+from axolotl_dpo_ext.reference.offload import CpuReference, OffloadedReference
 from axolotl_dpo_ext.reference.processes import Processes
 from axolotl_dpo_ext.reference.randomness import random_state_kept
 from axolotl_dpo_ext.reference.strategies import Policy, Reference
+from axolotl_dpo_ext.reference.streamed import StreamedReference
 from axolotl_dpo_ext.vocabulary import RunStopped
 
 LOG = logging.getLogger(__name__)

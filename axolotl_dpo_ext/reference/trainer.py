@@ -248,8 +248,8 @@ def _checkpoint(name: str, args: Any) -> Checkpoint | None:
 
 def _choose(settings: ReferenceSettings, model: Any, args: Any, peft_config: Any) -> ReferenceStrategy:
     from axolotl_dpo_ext.plugins import extensions
+    from axolotl_dpo_ext.reference.script_keys import keys_of_script
     from axolotl_dpo_ext.reference.selector import choose_strategy
-    from axolotl_dpo_ext.reference.situation import keys_of_script
 
     keys = {**keys_of_script(model, args, peft_config), "dpo_ext": {"reference": settings.model_dump()}}
     strategy, decision = choose_strategy(settings.strategy, keys, extensions().reference_strategies)

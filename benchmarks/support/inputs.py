@@ -146,12 +146,8 @@ def model_folder(given: Path | None, scratch: Path) -> Path:
 
 def make_model(folder: Path) -> Path:
     """Makes a Llama with random weights, and a tokenizer of the quickstart's words."""
-    import torch
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
-
-    tokenizer = AutoTokenizer.from_pretrained(make_tokenizer(folder))
-    torch.manual_seed(0)
-    config = LlamaConfig(
+    _make_tiny_inputs().make_model(
+        make_tokenizer(folder),
         vocab_size=4096,
         hidden_size=256,
         intermediate_size=704,
@@ -159,12 +155,8 @@ def make_model(folder: Path) -> Path:
         num_attention_heads=8,
         num_key_value_heads=4,
         max_position_embeddings=1024,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
         tie_word_embeddings=True,
     )
-    LlamaForCausalLM(config).save_pretrained(folder)
     return folder
 
 

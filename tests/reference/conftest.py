@@ -9,11 +9,10 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoTokenizer
 from trl import DPOConfig
 
-WORDS = [f"w{number}" for number in range(60)]
+from tests.tiny_llama import WORDS, save_llama
 
 
 @pytest.fixture(autouse=True)
@@ -25,23 +24,11 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def save_tokenizer(folder: Path) -> None:
-    vocabulary = {word: number for number, word in enumerate(["<pad>", "<eos>", "<unk>", *WORDS])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
-    ).save_pretrained(folder)
-
-
 @pytest.fixture
 def model_dir(tmp_path: Path) -> Path:
     """A random Llama whose layers matter, with its tokenizer, in a folder of its own."""
-    folder = tmp_path / "model"
-    save_tokenizer(folder)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(WORDS) + 3,
+    return save_llama(
+        tmp_path / "model",
         hidden_size=32,
         intermediate_size=48,
         num_hidden_layers=2,
@@ -49,12 +36,7 @@ def model_dir(tmp_path: Path) -> Path:
         num_key_value_heads=2,
         max_position_embeddings=128,
         initializer_range=0.3,
-        pad_token_id=0,
-        eos_token_id=1,
-        bos_token_id=None,
     )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture
@@ -84,6 +66,13 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder of the stored values, for this test alone."""
     monkeypatch.setenv("AXOLOTL_DPO_EXT_REFERENCE_STORE", str(tmp_path / "store"))
     return tmp_path / "store"
+
+
+@pytest.fixture
+def undistributed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever started the tests, what they look at is started alone."""
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"):
+        monkeypatch.delenv(name, raising=False)
 
 
 @pytest.fixture

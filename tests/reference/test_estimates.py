@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 
 from axolotl_dpo_ext.reference.bandwidth import hiding_tokens
+from axolotl_dpo_ext.reference.checkpoint_size import ModelShape
 from axolotl_dpo_ext.reference.estimates import CANDIDATES, estimate, nominal_rates, training_bytes, usable_bytes
-from axolotl_dpo_ext.reference.situation import Device, ModelShape, Sharding, Situation
+from axolotl_dpo_ext.reference.sharding import Sharding
+from axolotl_dpo_ext.reference.situation import Device, Situation
 
 P = 8_030_261_248
 LAYER = 2 * 4096 * (4096 + 1024) + 3 * 4096 * 14_336 + 2 * 4096

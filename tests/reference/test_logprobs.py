@@ -7,7 +7,6 @@ import logging
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -27,24 +26,10 @@ from axolotl_dpo_ext.reference.processes import Processes
 from axolotl_dpo_ext.reference.rows import Answer, LogProbDefinition, Pair, answer_key, read_pairs
 from axolotl_dpo_ext.reference.store import ReferenceStore
 from axolotl_dpo_ext.vocabulary import RunStopped
+from tests.reference.tiny_models import SMALL, VOCABULARY, trainer_that_scores
 
 pytestmark = pytest.mark.stack
 
-VOCABULARY = 61
-SMALL = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    # Far from the usual 0.02, with which a random model's layers change next to nothing.
-    "initializer_range": 0.3,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
 WINDOW = 4  # shorter than every sequence that has an answer of more than a few tokens
 MIXED = {"layer_types": ["sliding_attention", "full_attention"] * 2, "num_hidden_layers": 4, "sliding_window": WINDOW}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
@@ -88,14 +73,6 @@ NOT_SHARED: dict[str, dict[str, Any]] = {
 KINDS = {**SHARED, **NOT_SHARED}
 PLAIN = LogProbDefinition()
 BIG = 2048
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def seeded(model: Callable[[], Any]) -> Any:
@@ -156,20 +133,12 @@ ANSWERS = answers_of()
 
 def trl_values(model: Any, definition: LogProbDefinition = PLAIN, autocast: Any = torch.no_grad) -> np.ndarray:
     """TRL's own values of the pairs, chosen and rejected: its collator and its method, on one padded batch."""
-    from trl.trainer import utils
-    from trl.trainer.dpo_trainer import DataCollatorForPreference, DPOTrainer
+    from trl.trainer.dpo_trainer import DataCollatorForPreference
 
     collator = DataCollatorForPreference(0, definition.max_length, definition.truncation_mode)
-    model = copy.deepcopy(model)
-    if hasattr(utils, "add_fused_lm_head"):
-        utils.add_fused_lm_head(model)
-    trainer: Any = DPOTrainer.__new__(DPOTrainer)  # with no more than its method reads
-    trainer.accelerator = SimpleNamespace(device=torch.device("cpu"), autocast=autocast, unwrap_model=lambda one: one)
-    trainer.model = trainer.ref_model = model
-    trainer.args, trainer.ld_alpha = SimpleNamespace(gradient_checkpointing_kwargs=None), definition.ld_alpha
-    trainer.use_liger_kernel = False
+    trainer = trainer_that_scores(model, definition.ld_alpha, autocast)
     with autocast():
-        chosen, rejected = trainer.compute_ref_log_probs(model, collator(ROWS))
+        chosen, rejected = trainer.compute_ref_log_probs(trainer.ref_model, collator(ROWS))
     return torch.stack([chosen, rejected]).float().numpy()
 
 

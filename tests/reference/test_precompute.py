@@ -6,9 +6,7 @@ import json
 import os
 import platform
 import random
-import signal
 import subprocess
-import sys
 import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,6 +24,7 @@ from axolotl_dpo_ext.reference.processes import Processes
 from axolotl_dpo_ext.reference.rows import Answer, LogProbDefinition, answer_key, read_pairs
 from axolotl_dpo_ext.reference.store import ReferenceStore, StoreError
 from axolotl_dpo_ext.vocabulary import RunStopped
+from tests.reference import child_processes
 
 PLAIN = LogProbDefinition()
 BATCHING = Batching(share_prompts=True, budget=64)
@@ -354,41 +353,21 @@ from axolotl_dpo_ext.reference.processes import Processes
 from axolotl_dpo_ext.reference.rows import LogProbDefinition, answer_key
 from axolotl_dpo_ext.reference.store import ReferenceStore, StoreError
 from axolotl_dpo_ext.vocabulary import RunStopped
+from tests.reference.child_processes import forked, give_up_rights, killed
 from tests.reference.test_precompute import StandIn, make_dataset, run, shards
 
 ROOT = Path(sys.argv[1])
 precompute.SHARD_TOKENS = 150
-
-def forked(task):
-    child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            task()
-            status = 0
-        finally:
-            os._exit(status)
-    return child
 """
 
 
 def start(code: str, root: Path, *arguments: object) -> subprocess.Popen[str]:
     root.mkdir(exist_ok=True)
-    words = [sys.executable, "-c", PRELUDE + code, str(root), *map(str, arguments)]
-    return subprocess.Popen(
-        words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-        cwd=Path(__file__).parents[2], env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    return child_processes.start(PRELUDE + code, root, *arguments)
 
 
 def result(process: subprocess.Popen[str], timeout: float = 60) -> Any:
-    try:
-        output, errors = process.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)  # its children too
-        raise
-    assert process.returncode == 0, errors
-    return json.loads(output)
+    return child_processes.result(process, timeout)
 
 
 # A dataset in several parts, with answers that are in two of them, and a store that holds some of it already.
@@ -422,23 +401,15 @@ while len(rounds) < 200 and sum(each["killed"] for each in rounds) < 24:
             path.unlink()
         run(some, ROOT / "killed", StandIn())
     known = len(ReferenceStore(ROOT / "killed", {"ld_alpha": None}))
-    receive, send = os.pipe()
-    child = forked(lambda: run(dataset, ROOT / "killed", Telling(send)))
-    os.close(send)
-    told, after = b"", random.randrange(1, 30) * 16 * 8
-    while len(told) < after and (more := os.read(receive, 1 << 16)):
-        told += more
-    time.sleep(random.choice((0, 0.004)) * random.random())
-    os.kill(child, signal.SIGKILL)
-    _, status = os.waitpid(child, 0)
-    while more := os.read(receive, 1 << 16):
-        told += more
-    os.close(receive)
+    after = random.randrange(1, 30) * 16 * 8
+    told, was_killed = killed(
+        lambda send: run(dataset, ROOT / "killed", Telling(send)), lambda told: len(told) >= after, 0.004
+    )
     scored = {told[i : i + 16] for i in range(0, len(told), 16)} - {b"|" * 16}
     store = ReferenceStore(ROOT / "killed", {"ld_alpha": None})
     found = store.lookup(np.frombuffer(b"".join(sorted(scored)), np.uint8).reshape(-1, 16))[2]
     rounds.append({
-        "killed": os.WIFSIGNALED(status),
+        "killed": was_killed,
         "scored": len(scored),
         "stored": len(store) - known,
         "lost shards": len({home[key] for key, there in zip(sorted(scored), found) if not there}),
@@ -505,21 +476,12 @@ print(json.dumps(statuses))
         np.testing.assert_allclose(np.load(tmp_path / f"{name}.npy"), expected(make_dataset(200)), rtol=1e-6)
 
 
-# Rights bind root only without its capabilities; the script stops if they don't bind it then either.
 READ_ONLY = """
-import ctypes
 dataset = make_dataset(30)
 run(dataset, ROOT / "stores", StandIn())
 (folder,) = (ROOT / "stores").iterdir()
 folder.chmod(0o555)
-header = (ctypes.c_uint32 * 2)(0x20080522, 0)
-assert ctypes.CDLL(None, use_errno=True).capset(header, (ctypes.c_uint32 * 6)()) == 0
-try:
-    (folder / "probe").touch()
-except PermissionError:
-    pass
-else:
-    sys.exit("the folder can be written")
+give_up_rights(folder)
 scorer = StandIn()
 found, _ = run(dataset, ROOT / "stores", scorer)
 try:

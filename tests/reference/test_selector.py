@@ -19,7 +19,8 @@ from trl import DPOConfig
 from axolotl_dpo_ext.reference import choose_strategy
 from axolotl_dpo_ext.reference.builtins import reference_strategies
 from axolotl_dpo_ext.reference.estimates import estimate
-from axolotl_dpo_ext.reference.situation import Situation, keys_of_script
+from axolotl_dpo_ext.reference.script_keys import keys_of_script
+from axolotl_dpo_ext.reference.situation import Situation
 from axolotl_dpo_ext.reference.store import STORE_VARIABLE, ReferenceStore
 from axolotl_dpo_ext.reference.store_files import StoredRows
 from axolotl_dpo_ext.reference.weights import weights_digest

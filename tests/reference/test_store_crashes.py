@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 from axolotl_dpo_ext.reference.store import ReferenceStore
 from axolotl_dpo_ext.reference.store_upkeep import export_store, verify_store
+from tests.reference import child_processes
 
 # What every process below begins with: a deterministic "reference model" for shard number i of a data set.
 PRELUDE = """
@@ -17,6 +16,7 @@ import json, os, random, signal, sys, time
 from pathlib import Path
 import numpy as np
 from axolotl_dpo_ext.reference.store import ReferenceStore, StoredRows, StoreError
+from tests.reference.child_processes import give_up_rights, killed
 
 ROOT, IDENTITY = Path(sys.argv[1]), {"model": "m"}
 
@@ -40,14 +40,11 @@ IDENTITY = {"model": "m"}
 
 
 def start(code: str, root: Path, *arguments: object) -> subprocess.Popen[str]:
-    words = [sys.executable, "-c", PRELUDE + code, str(root), *map(str, arguments)]
-    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return child_processes.start(PRELUDE + code, root, *arguments)
 
 
 def result(process: subprocess.Popen[str]) -> object:
-    output, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors
-    return json.loads(output)
+    return child_processes.result(process, timeout=120)
 
 
 def content(root: Path) -> bytes:
@@ -60,31 +57,21 @@ def content(root: Path) -> bytes:
 # Forks the writer instead of starting it anew: a moment costs milliseconds, and the kill is the same.
 KILL = """
 SHARDS = 240
+
+def write(send):
+    precompute(range(SHARDS), lambda word, i: os.write(send, f"{word} {i}\\n".encode()))
+
 random.seed(int(sys.argv[2]))
 rounds = []
 while len(rounds) < 40 or (not rounds[-1]["temporary"] and len(rounds) < 80):
-    receive, send = os.pipe()
-    child = os.fork()
-    if child == 0:
-        os.close(receive)
-        precompute(range(SHARDS), lambda word, i: os.write(send, f"{word} {i}\\n".encode()))
-        os._exit(0)
-    os.close(send)
-    told, after = b"", random.randrange(0, 9)
-    while told.count(b"\\n") < after and (more := os.read(receive, 1 << 16)):
-        told += more
-    time.sleep(random.choice((0, 0.003)) * random.random())
-    os.kill(child, signal.SIGKILL)
-    _, status = os.waitpid(child, 0)
-    while more := os.read(receive, 1 << 16):
-        told += more
-    os.close(receive)
+    after = random.randrange(0, 9)
+    told, was_killed = killed(write, lambda told: told.count(b"\\n") >= after, 0.003)
     told = [line.split() for line in told.decode().splitlines()]
     begun = [int(i) for word, i in told if word == "begun"]
     stored = [int(i) for word, i in told if word == "stored"]
     store = ReferenceStore(ROOT, IDENTITY)
     rounds.append({
-        "killed": os.WIFSIGNALED(status),
+        "killed": was_killed,
         "begun": len(begun),
         "lost": [i for i in begun if not store.lookup(rows(i).keys)[2].all()],
         "lost_although_stored": [i for i in stored if not store.lookup(rows(i).keys)[2].all()],
@@ -161,19 +148,8 @@ print(json.dumps([store.settle(f"budget-{n}", int(sys.argv[3])) for n in range(1
     assert not list((tmp_path / "root").glob("*/.tmp-*"))
 
 
-# Rights bind root only without its capabilities; the script stops if they don't bind it then either.
 READ_ONLY = """
-import ctypes
-header = (ctypes.c_uint32 * 2)(0x20080522, 0)
-assert ctypes.CDLL(None, use_errno=True).capset(header, (ctypes.c_uint32 * 6)()) == 0
-folder = next(ROOT.iterdir())
-try:
-    (folder / "probe").touch()
-except PermissionError:
-    pass
-else:
-    sys.exit("the folder can be written")
-
+give_up_rights(next(ROOT.iterdir()))
 store = ReferenceStore(ROOT, IDENTITY)
 found = bool(store.lookup(rows(1).keys)[2].all())
 told = []
