@@ -74,7 +74,7 @@ def _shape(width: int, inner: int, layers: int, heads: int, key_heads: int, voca
 
 
 SIZES = {
-    "tiny": Size(_shape(64, 128, 2, 4, 2, 4096), torch.float32, 128, 12, 2, 2, 2, 1),
+    "tiny": Size(_shape(64, 128, 2, 4, 2, 4096), torch.float32, 512, 12, 2, 2, 2, 1),
     "0.5b": Size(_shape(896, 4864, 24, 14, 2, 151_936), torch.bfloat16, 1024, 240, 4, 4, 10, 2),
     "1.5b": Size(_shape(1536, 8960, 28, 12, 2, 151_936), torch.bfloat16, 1024, 240, 4, 4, 10, 2),
 }
