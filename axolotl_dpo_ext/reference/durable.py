@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
@@ -34,40 +33,6 @@ def write_whole(path: Path, data: bytes) -> None:
         temporary.unlink(missing_ok=True)
         raise
     _sync_folder(path.parent)
-
-
-def write_first(path: Path, data: bytes) -> bool:
-    """Writes a file unless it exists; of several writers at once one wins.
-
-    Returns:
-        Whether this call wrote it.
-
-    Raises:
-        OSError: It could not be written.
-    """
-    temporary = path.with_name(temporary_name())
-    try:
-        _write_and_sync(temporary, data)
-        _link(temporary, path, data)
-    except FileExistsError:
-        return False
-    finally:
-        temporary.unlink(missing_ok=True)
-    _sync_folder(path.parent)
-    return True
-
-
-def _link(temporary: Path, path: Path, data: bytes) -> None:
-    """Gives a file its name; unlike a rename, a link fails where the name exists."""
-    try:
-        os.link(temporary, path)
-    except FileExistsError:
-        raise
-    except OSError as error:
-        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK):
-            raise
-        # A file system without links: one writer still wins, but a crash in this line can leave half a file.
-        _write_and_sync(path, data)
 
 
 def _write_and_sync(path: Path, data: bytes) -> None:

@@ -175,10 +175,17 @@ def _compute(
 ) -> None:
     _check_store(store, processes)
     with processes.failing_together():
-        computes, batching = scorer(part.answers)
+        computes, found = scorer(part.answers)
+    batching = _common(processes.gather(found))
+    with processes.failing_together():
         shards = plan_shards(part.answers, missing, batching)
         writer = _ShardWriter(part, definition, store, computes, batching)
         writer.write(shards[processes.rank :: processes.count], label, hidden=processes.rank != 0)
+
+
+def _common(found: Sequence[Batching]) -> Batching:
+    """Returns batches that serve every process: all must plan the same shards."""
+    return Batching(all(one.share_prompts for one in found), min(one.budget for one in found))
 
 
 def _check_store(store: ReferenceStore, processes: Processes) -> None:
@@ -289,7 +296,9 @@ class _ShardWriter:
             return [value for part in _parts(batch, self.most_rows) for value in self._score(part)]
         try:
             flat = self.scorer.token_log_probs(batch, self.batching.share_prompts)
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             reason = str(error)
         else:
             flat = np.asarray(flat.cpu() if isinstance(flat, torch.Tensor) else flat, np.float64)
@@ -312,6 +321,21 @@ class _ShardWriter:
             f"    why: {reason}\n"
             f"    fix: lower sequence_len (TRL: max_length), or compute on a larger device with `dpo-precompute`"
         )
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error says that a device's memory, or the host's, is not enough.
+
+    Args:
+        error: What computing raised; cuBLAS and CPU allocators raise a plain ``RuntimeError``.
+    """
+    from accelerate.utils.memory import should_reduce_batch_size
+
+    return (
+        isinstance(error, torch.OutOfMemoryError)
+        or should_reduce_batch_size(error)
+        or "CUBLAS_STATUS_ALLOC_FAILED" in str(error)
+    )
 
 
 def _parts(batch: list[Row], most: int) -> Iterator[list[Row]]:

@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 
 LOG = logging.getLogger(__name__)
 
-SHARE, BUDGET = "share_prompts", "token_budget"
-
 
 class PrecomputedReference(Reference):
     """Reads a store, after computing what it lacks with the policy as it is before the first step.
@@ -65,7 +63,7 @@ class PrecomputedReference(Reference):
 
                 def scorer(answers: Sequence[Answer]) -> tuple[Scorer, Batching]:
                     model = stack.enter_context(self._ready(whole))
-                    return self._scorer(model, answers, store)
+                    return self._scorer(model, answers)
 
                 found = reference_log_probs(dataset, self._policy.definition, store, scorer, processes, name)
         if processes.rank == 0:
@@ -113,18 +111,13 @@ class PrecomputedReference(Reference):
                 module.training = mode
             model.to(home)
 
-    def _scorer(self, model: nn.Module, answers: Sequence[Answer], store: ReferenceStore) -> tuple[Scorer, Batching]:
+    def _scorer(self, model: nn.Module, answers: Sequence[Answer]) -> tuple[Scorer, Batching]:
         from axolotl_dpo_ext.reference.logprobs import AnswerScorer
-        from axolotl_dpo_ext.reference.probe import choose_batching, scales_positions
+        from axolotl_dpo_ext.reference.probe import choose_batching
 
         scorer = AnswerScorer(model, self._policy.autocast)
-        # Remembered, so that a run that goes on where another was killed makes the same batches.
-        share, budget = store.settled(SHARE), store.settled(BUDGET)
-        # Where values depend on the length of rows, what held for shorter ones says nothing.
-        if share is None or budget is None or scales_positions(model):
-            chosen = choose_batching(scorer, model, answers)
-            share, budget = store.settle(SHARE, int(chosen.share_prompts)), store.settle(BUDGET, chosen.budget)
-        return scorer, Batching(bool(share), budget)
+        # Each time: what is exact for the rows of one dataset need not be for the longer ones of another.
+        return scorer, choose_batching(scorer, model, answers)
 
 
 def _not_whole(found: str) -> RunStopped:

@@ -14,7 +14,7 @@ from torch import nn
 
 from axolotl_dpo_ext.reference.batching import Row, make_rows
 from axolotl_dpo_ext.reference.logprobs import AnswerScorer
-from axolotl_dpo_ext.reference.precompute import Batching
+from axolotl_dpo_ext.reference.precompute import Batching, is_out_of_memory
 from axolotl_dpo_ext.reference.rows import Answer
 from axolotl_dpo_ext.vocabulary import RunStopped
 
@@ -46,55 +46,85 @@ def choose_batching(scorer: AnswerScorer, model: nn.Module, answers: Sequence[An
         most tokens of a batch, from the memory that a batch takes.
 
     Raises:
-        RunStopped: Even without sharing prompts the values are not the model's own.
+        RunStopped: Even without sharing prompts the values are not the model's own, or no answer is short enough to
+            find that out in the memory there is.
     """
-    rows = _probe_rows(answers, model)
+    vocabulary = int(model.config.get_text_config().vocab_size)  # type: ignore[union-attr, operator]
+    most = PROBE_LOGITS // vocabulary
+    reason = f"the model's own logits would take more than {PROBE_LOGITS * 4 >> 30} GiB"
+    while True:
+        rows = _probe_rows(answers, model, most, reason)
+        try:
+            return _choose(scorer, model, rows, longest=max(len(answer.ids) for answer in answers))
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            reason = f"computing a longer one ran out of memory: {error}"
+        # Not in the handler: as long as the error is there, so is all that was allocated.
+        torch.cuda.empty_cache()
+        most = _longest(rows) // 2
+        LOG.warning("comparing ways of computing ran out of memory; going on with answers of at most %d tokens", most)
+
+
+def _choose(scorer: AnswerScorer, model: nn.Module, rows: list[Row], longest: int) -> Batching:
     wanted = [_plain(model, answer, scorer) for row in rows for answer in row.answers]
     tolerance = TOLERANCE.get(scorer.dtype, LOW_PRECISION_TOLERANCE)
     name = type(model).__name__
-    shared = _difference(scorer, rows, True, wanted)
-    if isinstance(shared, Exception) or shared > tolerance:
-        found = f"{shared}" if isinstance(shared, Exception) else f"values differ by {shared:.1e}"
+    found = _fault(_difference(scorer, rows, True, wanted), tolerance)
+    if not found and _depends_on_length(model) and _longest(rows) < longest:
+        found = f"what is so for {_longest(rows)} tokens need not be for {longest}"
+    if found:
         LOG.warning("%s: each answer is computed with its own prompt, since sharing it is not exact (%s)", name, found)
         _check_unshared(scorer, rows, wanted, tolerance, model)
-        return Batching(False, _budget(scorer, rows, False))
-    LOG.info("%s: prompts are computed once for all their answers (largest difference %.1e)", name, shared)
-    return Batching(True, _budget(scorer, rows, True))
+    else:
+        LOG.info("%s: prompts are computed once for all their answers", name)
+    return Batching(not found, _budget(scorer, rows, not found))
+
+
+def _longest(rows: list[Row]) -> int:
+    return max(len(answer.ids) for row in rows for answer in row.answers)
+
+
+def _fault(difference: float | Exception, tolerance: float) -> str:
+    """Returns what is wrong with values that differ so much, ``""`` if nothing is."""
+    if isinstance(difference, Exception):
+        return f"{type(difference).__name__}: {difference}"
+    return "" if difference <= tolerance else f"values differ by {difference:.1e}"
 
 
 def _check_unshared(
     scorer: AnswerScorer, rows: list[Row], wanted: list[NDArray[np.float64]], tolerance: float, model: nn.Module
 ) -> None:
     alone = [Row((answer,), (0,)) for row in rows for answer in row.answers]
-    difference = _difference(scorer, alone, False, wanted)
-    if not isinstance(difference, Exception) and difference <= tolerance:
+    fault = _fault(_difference(scorer, alone, False, wanted), tolerance)
+    if not fault:
         return
-    name, scaled = type(model).__name__, scales_positions(model)
+    name, scaled = type(model).__name__, _scales_positions(model)
     if scaled:
         raise RunStopped(
-            f"the log-probabilities of {name} depend on which answers are computed together ({difference})\n"
+            f"the log-probabilities of {name} depend on which answers are computed together ({fault})\n"
             f"    why: its rotary positions ({scaled}) are scaled by the longest row of a batch, also in TRL, so a "
             f"stored value would not be the one of a training batch\n"
             f"    fix: lower sequence_len (TRL: max_length) to the length from which it scales, or use "
             f"`reference: gpu`, or `adapter` with a LoRA"
         )
     raise RunStopped(
-        f"the log-probabilities of {name} can't be computed at the answers' positions only ({difference})\n"
+        f"the log-probabilities of {name} can't be computed at the answers' positions only ({fault})\n"
         f"    why: its head needs more than the hidden states of those positions, or these depend on tokens that "
         f"come after\n"
         f"    fix: use `reference: gpu`, or `adapter` with a LoRA"
     )
 
 
-def _probe_rows(answers: Sequence[Answer], model: nn.Module) -> list[Row]:
-    """Returns short rows, where rounding shows most, and a long one."""
-    most = PROBE_LOGITS // int(model.config.get_text_config().vocab_size)  # type: ignore[union-attr, operator]
-    rows = [row for row in make_rows(answers, True, most) if max(len(a.ids) for a in row.answers) <= most]
+def _probe_rows(answers: Sequence[Answer], model: nn.Module, most: int, reason: str) -> list[Row]:
+    """Returns short rows, where rounding shows most, and a long one, of answers of at most so many tokens."""
+    rows = make_rows([answer for answer in answers if len(answer.ids) <= most], True, most)
     if not rows:
         raise RunStopped(
             f"every answer has more than {most} tokens, too many to compare ways of computing them\n"
-            f"    why: the model's own logits of one answer would take more than {PROBE_LOGITS * 4 >> 30} GiB\n"
-            f"    fix: lower sequence_len (TRL: max_length), or use `reference: gpu`"
+            f"    why: {reason}\n"
+            f"    fix: lower sequence_len (TRL: max_length), compute on a larger device with `dpo-precompute`, or use "
+            f"`reference: gpu`"
         )
     short = [row for row in rows if _shows_sharing(row)][:SHORT_ROWS] or rows[:SHORT_ROWS]
     # Where a token's place matters by itself, or memory is measured, the longest; elsewhere it would only take time.
@@ -110,15 +140,11 @@ def _depends_on_length(model: nn.Module) -> bool:
     config: Any = model.config.get_text_config()  # type: ignore[union-attr, operator]
     windows = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size", "local_attention"))
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    return any(windows) or kinds != {"full_attention"} or scales_positions(model) is not None
+    return any(windows) or kinds != {"full_attention"} or _scales_positions(model) is not None
 
 
-def scales_positions(model: nn.Module) -> str | None:
-    """Returns the kind of rotary embedding whose frequencies follow the longest row of a batch, if a model has it.
-
-    Args:
-        model: A causal language model.
-    """
+def _scales_positions(model: nn.Module) -> str | None:
+    """Returns the kind of rotary embedding whose frequencies follow the longest row of a batch, if a model has it."""
     config: Any = model.config.get_text_config()  # type: ignore[union-attr, operator]
     rope = json.dumps(getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None), default=str)
     return next((kind for kind in ("dynamic", "longrope") if f'"{kind}"' in rope), None)
@@ -160,6 +186,8 @@ def _difference(
     try:
         flat = scorer.token_log_probs(rows, share_prompts).double().cpu().numpy()
     except Exception as error:  # whatever a model raises where it is run in a way that it was not made for
+        if is_out_of_memory(error):
+            raise
         return error
     expected = np.concatenate(wanted)
     if flat.shape != expected.shape or not np.isfinite(flat).all():
@@ -186,4 +214,5 @@ def _budget(scorer: AnswerScorer, rows: list[Row], share_prompts: bool) -> int:
     tokens = sum(row.length for row in rows) if share_prompts else len(rows) * max(row.length for row in rows)
     free = torch.cuda.mem_get_info(scorer.device)[0]
     budget = int(MEMORY_SHARE * free / max(used / tokens, 1.0))
-    return max(LEAST_BUDGET, min(MOST_BUDGET, budget))
+    # A power of two: a run that goes on where another was killed finds the same, and so makes the same batches.
+    return 1 << max(LEAST_BUDGET, min(MOST_BUDGET, budget)).bit_length() - 1

@@ -13,7 +13,6 @@ import json
 import logging
 import os
 import platform
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,7 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from axolotl_dpo_ext.reference.durable import canonical_json, sealed, temporary_name, write_first, write_whole
+from axolotl_dpo_ext.reference.durable import canonical_json, sealed, temporary_name, write_whole
 from axolotl_dpo_ext.reference.store_files import (
     FORMAT,
     IDENTITY_FILE,
@@ -37,7 +36,6 @@ from axolotl_dpo_ext.reference.store_files import (
     merge_rows,
     package_version,
     read_identity,
-    read_settled,
     read_shards,
     shard_file,
     shard_names,
@@ -51,8 +49,6 @@ logger = logging.getLogger(__name__)
 
 STORE_VARIABLE = "AXOLOTL_DPO_EXT_REFERENCE_STORE"
 STORE_SETTING = "dpo_ext.reference.store"
-
-_SETTLED_NAME = re.compile(r"[a-z0-9_-]{1,64}")
 
 
 class StoreError(RunStopped):
@@ -257,52 +253,6 @@ class ReferenceStore:
                 f"name a folder on a file system that all nodes share with `{STORE_SETTING}` or {STORE_VARIABLE}, or "
                 "run `dpo-precompute` on one node and copy the folder to the others",
             )
-
-    def settle(self, name: str, value: int) -> int:
-        """Remembers a value for good: the first that any process settles.
-
-        Args:
-            name: What is settled: lower-case letters, digits, ``-`` and ``_``.
-            value: The value, if none is settled yet.
-
-        Returns:
-            The value settled first.
-
-        Raises:
-            StoreError: The file is damaged: what other processes were told is not known any more.
-        """
-        path = self._settled_file(name)
-        content = {"format": FORMAT, "store": self.path.name, "name": name, "value": int(value)}
-        try:
-            if not path.exists():
-                self._create()
-                write_first(path, sealed(content))
-        except OSError as error:
-            raise self._not_written(error) from error
-        return self._read_settled(path)
-
-    def settled(self, name: str) -> int | None:
-        """Returns a value settled earlier, ``None`` if there is none.
-
-        Args:
-            name: As in ``settle``.
-
-        Raises:
-            StoreError: The file is damaged.
-        """
-        path = self._settled_file(name)
-        return self._read_settled(path) if path.exists() else None
-
-    def _settled_file(self, name: str) -> Path:
-        if not _SETTLED_NAME.fullmatch(name):
-            raise ValueError(f"{name!r} can't be part of a file name")
-        return self.path / f"settled-{name}.json"
-
-    def _read_settled(self, path: Path) -> int:
-        try:
-            return read_settled(path, self.path.name)
-        except UnusableFileError as error:
-            raise _unusable(path, error) from None
 
     def _create(self) -> None:
         path = self.path / IDENTITY_FILE

@@ -226,21 +226,6 @@ def read_identity(path: Path) -> dict[str, Any] | None:
     return content
 
 
-def read_settled(path: Path, digest: str) -> int:
-    """Reads a settled value.
-
-    Raises:
-        UnusableFileError: The file is damaged, foreign or of a newer version.
-    """
-    try:
-        content = _unsealed(path.read_bytes())
-    except OSError as error:
-        raise UnusableFileError(f"it can't be read: {error}") from None
-    if content.get("store") != digest or path.name != f"settled-{content.get('name')}.json":
-        raise UnusableFileError("foreign: it belongs to another store or another name")
-    return int(content["value"])
-
-
 def _unsealed(data: bytes) -> dict[str, Any]:
     """Returns the content of a sealed file of this format or an older one."""
     # The version first: a newer one may seal in another way.

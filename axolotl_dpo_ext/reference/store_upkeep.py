@@ -22,7 +22,6 @@ from axolotl_dpo_ext.reference.store_files import (
     empty_rows,
     merge_rows,
     read_identity,
-    read_settled,
     read_shards,
     shard_names,
     shards_with,
@@ -121,7 +120,6 @@ def verify_store(path: Path) -> StoreSummary:
         content = read_identity(path) or {}
     except UnusableFileError as error:
         damaged.append(DamagedFile(path / IDENTITY_FILE, str(error), error.newer))
-    damaged += _damaged_settlements(path)
     files = _files(path)
     return StoreSummary(
         path=path,
@@ -233,14 +231,6 @@ def _write_parquet(rows: StoredRows, output: IO[bytes]) -> None:
     with parquet.ParquetWriter(output, schema) as writer:
         for batch in _batches(rows):
             writer.write_table(pyarrow.table(batch, schema))
-
-
-def _damaged_settlements(path: Path) -> Iterator[DamagedFile]:
-    for file in sorted(path.glob("settled-*.json")):
-        try:
-            read_settled(file, path.name)
-        except UnusableFileError as error:
-            yield DamagedFile(file, str(error), error.newer)
 
 
 def _files(path: Path) -> list[tuple[Path, os.stat_result]]:

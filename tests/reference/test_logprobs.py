@@ -21,10 +21,13 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Ll
 from axolotl_dpo_ext.reference.batching import Row, make_rows
 from axolotl_dpo_ext.reference.logprobs import AnswerScorer, LanguageModelHead, backbone_of
 from axolotl_dpo_ext.reference.precompute import Batching, reference_log_probs
+from axolotl_dpo_ext.reference.precomputed import PrecomputedReference
 from axolotl_dpo_ext.reference.probe import choose_batching
 from axolotl_dpo_ext.reference.processes import Processes
 from axolotl_dpo_ext.reference.rows import Answer, LogProbDefinition, Pair, answer_key, read_pairs
 from axolotl_dpo_ext.reference.store import ReferenceStore
+from axolotl_dpo_ext.reference.strategies import Policy
+from axolotl_dpo_ext.settings import ReferenceSettings
 from axolotl_dpo_ext.vocabulary import RunStopped
 from tests.reference.tiny_models import SMALL, VOCABULARY, trainer_that_scores
 
@@ -471,6 +474,48 @@ def test_a_model_that_needs_other_positions_is_refused_with_the_reason(parts: di
     ):
         assert words in str(stopped.value)
     assert not list(tmp_path.glob("*/*/shard-*"))
+
+
+# Models that know their window from the mask only, which sharing prompts leaves out.
+MASKED = {
+    "phimoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen2_moe": {"use_sliding_window": True, "max_window_layers": 1, "shared_expert_intermediate_size": 16, **EXPERTS},
+}
+
+
+@pytest.mark.parametrize("name", MASKED)
+def test_what_is_exact_for_rows_within_a_window_is_looked_at_again_for_longer_ones(name: str, tmp_path: Path):
+    config = transformers.AutoConfig.for_model(name, **SMALL, **MASKED[name], sliding_window=12)
+    model = seeded(lambda: AutoModelForCausalLM.from_config(config))
+    settings = ReferenceSettings(strategy="precomputed", store=str(tmp_path))
+    reference = PrecomputedReference(Policy(model, False, PLAIN, settings, torch.device("cpu"), None, None))
+    lengths = [len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"])) for row in ROWS]
+    short = [index for index, length in enumerate(lengths) if length <= 12]
+    assert 1 < len(short) < len(ROWS)
+    expected = trl_values(model)
+    for rows in (short, list(range(len(ROWS)))):
+        found = reference.for_dataset(DATASET.select(rows), "train")
+        np.testing.assert_allclose([found.chosen, found.rejected], expected[:, rows], rtol=1e-4, atol=1e-5)
+
+
+def test_memory_that_is_not_enough_for_the_probe_shortens_it_and_says_so(caplog: pytest.LogCaptureFixture):
+    model = make_model("mistral with a window")
+    longest = max(len(answer.ids) for answer in ANSWERS)
+    limit = longest - 1
+
+    class Scarce(type(model)):  # type: ignore[misc]
+        def forward(self, input_ids: Any = None, **given: Any) -> Any:
+            if input_ids.numel() > limit:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+            return super().forward(input_ids=input_ids, **given)
+
+    model.__class__ = Scarce
+    chosen = choose_batching(AnswerScorer(model), model, ANSWERS)
+    assert not chosen.share_prompts  # what a longer row would have shown is not known
+    assert "ran out of memory; going on with answers of at most" in caplog.text
+    limit = 0
+    with pytest.raises(RunStopped, match=r"(?s)why: computing a longer one ran out of memory.*larger device"):
+        choose_batching(AnswerScorer(model), model, ANSWERS)
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "longrope"])

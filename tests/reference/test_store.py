@@ -344,35 +344,6 @@ def test_a_file_with_a_shards_name_that_is_no_shard_is_named(tmp_path: Path):
     assert len(opened) == 8
 
 
-def test_the_first_value_settled_holds_for_good(tmp_path: Path):
-    store = a_store(tmp_path)
-    assert store.settle("token-budget", 4096) == 4096
-    assert store.settle("token-budget", 8192) == 4096
-    assert ReferenceStore(tmp_path, IDENTITY).settle("token-budget", 1) == 4096
-    assert store.settle("other", 7) == 7
-    with pytest.raises(ValueError, match="file name"):
-        store.settle("../other", 7)
-
-
-def test_a_settled_value_with_a_flipped_bit_or_of_another_store_stops_until_pruned(tmp_path: Path):
-    store = a_store(tmp_path)
-    store.settle("budget", 4096)
-    path = store.path / "settled-budget.json"
-    for place, content in flips(path, per_byte=3):
-        path.write_bytes(content)
-        with pytest.raises(StoreError) as caught:
-            store.settle("budget", 1)
-        assert str(path) in str(caught.value), place
-    assert [file.path for file in verify_store(store.path).damaged] == [path]
-    other = ReferenceStore(tmp_path, {"model": "another"})
-    other.settle("budget", 5)
-    path.write_bytes((other.path / path.name).read_bytes())
-    with pytest.raises(StoreError, match="foreign"):
-        store.settle("budget", 1)
-    remove(plan_pruning(tmp_path, damaged=True))
-    assert store.settle("budget", 1) == 1
-
-
 def test_the_place_is_the_setting_then_the_environment_then_beside_the_hub_cache(tmp_path: Path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HOME", str(tmp_path / "hf"))
     monkeypatch.delenv(STORE_VARIABLE, raising=False)
@@ -389,7 +360,7 @@ def test_a_place_that_cannot_be_written_is_told_early_with_what_to_change(tmp_pa
     occupied = tmp_path / "file"
     occupied.write_text("no folder")
     store = ReferenceStore(occupied / "below", IDENTITY)
-    for write in (store.marked().__enter__, lambda: store.append(some_rows(1)), lambda: store.settle("x", 1)):
+    for write in (store.marked().__enter__, lambda: store.append(some_rows(1))):
         with pytest.raises(StoreError) as caught:
             write()
         for part in (str(store.path), "NotADirectoryError", "dpo_ext.reference.store", STORE_VARIABLE):

@@ -134,45 +134,30 @@ print(json.dumps(counts))
     assert content(root) == content(tmp_path / "one")
 
 
-def test_processes_that_settle_at_once_all_get_one_value(tmp_path: Path):
-    code = """
-while not Path(sys.argv[2]).exists(): pass
-store = ReferenceStore(ROOT, IDENTITY)
-print(json.dumps([store.settle(f"budget-{n}", int(sys.argv[3])) for n in range(100)]))
-"""
-    processes = [start(code, tmp_path / "root", tmp_path / "go", value) for value in (1, 2, 3)]
-    (tmp_path / "go").touch()
-    first, *others = [result(process) for process in processes]
-    assert set(first) <= {1, 2, 3}
-    assert all(other == first for other in others)
-    assert not list((tmp_path / "root").glob("*/.tmp-*"))
-
-
 READ_ONLY = """
 give_up_rights(next(ROOT.iterdir()))
 store = ReferenceStore(ROOT, IDENTITY)
 found = bool(store.lookup(rows(1).keys)[2].all())
 told = []
-for write in (store.marked().__enter__, lambda: store.append(rows(2)), lambda: store.settle("new", 1)):
+for write in (store.marked().__enter__, lambda: store.append(rows(2))):
     try:
         write()
         told.append("")
     except StoreError as error:
         told.append(str(error))
-print(json.dumps([found, store.settle("old", 2), told, bool(store.lookup(rows(2).keys)[2].any())]))
+print(json.dumps([found, told, bool(store.lookup(rows(2).keys)[2].any())]))
 """
 
 
 def test_a_read_only_folder_is_read_and_a_write_says_what_to_change(tmp_path: Path):
-    result(start("precompute([1]).settle('old', 1); print(1)", tmp_path / "root"))
+    result(start("precompute([1]); print(1)", tmp_path / "root"))
     (path,) = (tmp_path / "root").iterdir()
     path.chmod(0o555)
     try:
-        found, settled, told, found_unwritten = result(start(READ_ONLY, tmp_path / "root"))
+        found, told, found_unwritten = result(start(READ_ONLY, tmp_path / "root"))
     finally:
         path.chmod(0o755)
     assert found is True
-    assert settled == 1
     assert found_unwritten is False
     for message in told:
         assert "PermissionError" in message
@@ -228,15 +213,3 @@ except StoreError as error:
     assert len(ReferenceStore(tmp_path / "root", IDENTITY)) == 0
     result(start("precompute([1]); print(1)", tmp_path / "root"))
     assert len(ReferenceStore(tmp_path / "root", IDENTITY)) == 50
-
-
-def test_a_file_system_without_links_settles_too(tmp_path: Path):
-    code = """
-import errno
-def refused(*_):
-    raise OSError(errno.ENOTSUP, "Operation not supported")
-os.link = refused
-store = ReferenceStore(ROOT, IDENTITY)
-print(json.dumps([store.settle("x", 5), store.settle("x", 6), sorted(path.name for path in store.path.iterdir())]))
-"""
-    assert result(start(code, tmp_path / "root")) == [5, 5, ["identity.json", "settled-x.json"]]
