@@ -260,7 +260,14 @@ def precompute_with_axolotl(keys: Mapping[str, Any]) -> dict[str, dict[str, floa
     from axolotl.train import setup_model_and_trainer
     from axolotl.utils.dict import DictDefault
 
-    cfg = load_cfg(DictDefault(_for_precomputing(keys)))
+    given = _for_precomputing(keys)
+    cfg = load_cfg(DictDefault(given))
+    if given.get("bf16", "auto") == "auto" and not cfg.bf16:
+        LOG.warning(
+            "`bf16: auto`, and this machine computes without bfloat16: values are stored for %s. A machine that "
+            "trains in bfloat16 does not use them; compute them on one that has it, with `bf16: true`",
+            "float16" if cfg.fp16 else "float32",
+        )
     if not torch.cuda.is_available():
         cfg.device_map = {"": "cpu"}  # Axolotl gives each of several processes an accelerator, also where there is none
     datasets = PluginManager.get_instance().load_datasets(cfg, preprocess=False) or load_preference_datasets(cfg=cfg)

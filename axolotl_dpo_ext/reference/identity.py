@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -68,6 +69,7 @@ def reference_identity(
         "adapter": _adapter_identity(model) if adapter else None,
         "config": _config_digest(config.to_dict()),
         "architecture": type(causal).__name__,
+        "code": _code(type(causal)),
         "dtype": str(causal.dtype),
         "autocast": None if autocast is None else str(autocast),
         "attention": getattr(config, "_attn_implementation", None),
@@ -80,6 +82,21 @@ def _weights(model: nn.Module, checkpoint: Checkpoint | None, remember_in: Path 
     if checkpoint is not None:
         return f"files:{weights_digest(checkpoint.name, checkpoint.revision, remember_in)}"
     return f"memory:{memory_digest(_base_tensors(model))}"
+
+
+def _code(architecture: type) -> str | None:
+    """Returns a digest of the file that computes, for a model that brings its own (``trust_remote_code``, a script's).
+
+    A release of transformers may change such a file without changing a value; of its own models nothing is noted, and
+    the first batch of a run is compared instead.
+    """
+    if architecture.__module__.partition(".")[0] == "transformers":
+        return None
+    try:
+        file = inspect.getsourcefile(architecture)
+        return None if file is None else hashlib.sha256(Path(file).read_bytes()).hexdigest()[:32]
+    except (TypeError, OSError):
+        return None  # made in a notebook or an interpreter
 
 
 def _adapter_identity(model: Any) -> str:

@@ -60,13 +60,15 @@ class PairLogProbs:
     Attributes:
         chosen: Summed over the answer's tokens, shape ``(pairs,)``, float32.
         rejected: As ``chosen``.
-        computed: How many answers were computed, by all processes together; the others were stored already.
+        computed: How many answers were computed, by all processes together.
+        read: How many different answers were stored already.
         seconds: How long computing took.
     """
 
     chosen: NDArray[np.float32]
     rejected: NDArray[np.float32]
     computed: int = 0
+    read: int = 0
     seconds: float = 0.0
 
 
@@ -120,6 +122,7 @@ def reference_log_probs(
             lacking = ~store.lookup(part.answer_keys)[2]
         # One process may have seen a shard more than another; all must plan the same.
         missing = np.asarray(processes.gather(lacking)[0])
+        result.read += int((~missing).sum())
         if missing.any():
             began = time.monotonic()
             _compute(part, missing, definition, store, scorer, processes, f"{name} pairs {start:,}-{stop:,}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -20,6 +20,7 @@ from axolotl_dpo_ext.reference.processes import Processes
 from axolotl_dpo_ext.reference.randomness import random_state_kept
 from axolotl_dpo_ext.reference.rows import Answer
 from axolotl_dpo_ext.reference.store import ReferenceStore, store_root
+from axolotl_dpo_ext.reference.store_upkeep import stores_of_weights
 from axolotl_dpo_ext.reference.strategies import Policy, Reference
 from axolotl_dpo_ext.vocabulary import RunStopped
 
@@ -62,14 +63,16 @@ class PrecomputedReference(Reference):
             with contextlib.ExitStack() as stack:
 
                 def scorer(answers: Sequence[Answer]) -> tuple[Scorer, Batching]:
+                    if processes.rank == 0 and not len(store):
+                        _say_what_differs(store)
                     model = stack.enter_context(self._ready(whole))
                     return self._scorer(model, answers)
 
                 found = reference_log_probs(dataset, self._policy.definition, store, scorer, processes, name)
         if processes.rank == 0:
             LOG.info(
-                "reference log-probabilities of %d %s pairs: %d answers computed, the others read from %s",
-                len(dataset), name, found.computed, store.path,
+                "reference log-probabilities of %d %s pairs: %d answers computed, %d read from %s (%s)",
+                len(dataset), name, found.computed, found.read, store.path, _computing(store.identity),
             )  # fmt: skip
         return found
 
@@ -118,6 +121,20 @@ class PrecomputedReference(Reference):
         scorer = AnswerScorer(model, self._policy.autocast)
         # Each time: what is exact for the rows of one dataset need not be for the longer ones of another.
         return scorer, choose_batching(scorer, model, answers)
+
+
+def _computing(identity: Mapping[str, Any]) -> str:
+    autocast = f", autocast to {identity['autocast']}" if identity["autocast"] else ""
+    return f"weights in {identity['dtype']}{autocast}, attention {identity['attention']}"
+
+
+def _say_what_differs(store: ReferenceStore) -> None:
+    """Names the stores whose values would have served, had the model been loaded in the same way."""
+    for path, identity in stores_of_weights(store.path.parent, store.identity["weights"]):
+        changed = {name: value for name, value in identity.items() if value != store.identity.get(name)}
+        if changed:
+            found = ", ".join(f"{name} {value} (now {store.identity.get(name)})" for name, value in changed.items())
+            LOG.info("reference: %s holds values of the same weights, which can't serve: %s", path, found)
 
 
 def _not_whole(found: str) -> RunStopped:

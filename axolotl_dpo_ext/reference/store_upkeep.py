@@ -104,6 +104,20 @@ def find_store(root: Path, prefix: str) -> Path:
     return found[0]
 
 
+def stores_of_weights(root: Path, weights: str) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Yields the stores under a root whose values were computed with certain weights, and their identities.
+
+    Args:
+        root: The folder that holds the stores.
+        weights: What stands under ``weights`` in an identity.
+    """
+    for path in store_folders(root):
+        with contextlib.suppress(UnusableFileError):
+            content = read_identity(path) or {}
+            if content.get("identity", {}).get("weights") == weights:
+                yield path, content["identity"]
+
+
 def list_stores(root: Path) -> list[StoreSummary]:
     """Looks into every store under a root."""
     return [verify_store(path) for path in store_folders(root)]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import importlib.util
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,12 +14,14 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from trl import DPOTrainer
 
 from axolotl_dpo_ext.reference import Checkpoint, Reference, ReferenceDPOTrainer, ReferenceMixin, ReferenceStrategy
+from axolotl_dpo_ext.reference.identity import reference_identity
 from axolotl_dpo_ext.reference.logprobs import AnswerScorer
 from axolotl_dpo_ext.reference.losses import SERVED
+from axolotl_dpo_ext.reference.rows import LogProbDefinition
 from axolotl_dpo_ext.vocabulary import ConfigurationError, RunStopped
 from tests.reference.conftest import make_pairs
 
@@ -105,6 +109,36 @@ def test_normalisation_and_truncation_are_trls(
     plain = trajectory(DPOTrainer(str(model_dir), **arguments(**options)))
     ours = trajectory(ReferenceDPOTrainer(str(model_dir), **arguments(**options), reference=strategy))
     assert ours == pytest.approx(plain, rel=1e-4, abs=1e-6)
+
+
+def test_stores_of_the_same_weights_that_cannot_serve_are_named_with_what_differs(
+    model_dir: Path, arguments: Arguments, store: Path, caplog: pytest.LogCaptureFixture
+):
+    caplog.set_level("INFO")
+    ReferenceDPOTrainer(str(model_dir), **arguments(ld_alpha=0.5), reference="precomputed")
+    (first,) = (path for path in store.iterdir() if path.name != "weights")
+    assert "can't serve" not in caplog.text
+    ReferenceDPOTrainer(str(model_dir), **arguments(), reference="precomputed")
+    assert f"{first} holds values of the same weights, which can't serve: ld_alpha 0.5 (now None)" in caplog.text
+
+
+def test_a_model_that_brings_its_own_code_is_identified_by_it_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    code = "from transformers import LlamaForCausalLM\nclass Own(LlamaForCausalLM):\n    pass\n"
+    identities = []
+    for text in (code, code, code + "    more = 1\n"):
+        (tmp_path / "own_model.py").write_text(text)
+        spec = importlib.util.spec_from_file_location("own_model", tmp_path / "own_model.py")
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, "own_model", module)
+        spec.loader.exec_module(module)
+        torch.manual_seed(0)
+        model = module.Own(
+            LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+        )
+        identities.append(reference_identity(model, False, LogProbDefinition(), None, None))
+    assert identities[0] == identities[1] != identities[2]
 
 
 def test_longer_rows_of_a_model_that_scales_positions_by_them_are_refused_also_after_shorter_ones(
