@@ -1,4 +1,4 @@
-"""What keys of a run say that more than one figure depends on: Axolotl's own, and three for what only a script says."""
+"""What keys of a run say that more than one figure depends on: Axolotl's own, and four for what only a script says."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 FRESH_ADAPTER = "_fresh_adapter"
 ADAPTER_COPY = "_frozen_adapter_copy"
 WEIGHTS_DTYPE = "_weights_dtype"
+KNOWN_WEIGHTS = "_known_weights"
 # LoRA initialisations that leave the policy equal to its base model; `False` and the named ones do not.
 _ZERO_INIT = (None, True, "gaussian")
 

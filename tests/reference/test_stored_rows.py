@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from axolotl_dpo_ext.reference.run_keys import KNOWN_WEIGHTS
 from axolotl_dpo_ext.reference.store import ReferenceStore
 from axolotl_dpo_ext.reference.store_files import StoredRows
 from axolotl_dpo_ext.reference.weights import weights_digest
@@ -20,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("store", "undistributed")
 
 def store_rows(root: Path, weights: str, rows: int, **more: Any) -> None:
     keys = np.random.default_rng(0).integers(0, 256, (rows, 16), np.uint8)
-    opened = ReferenceStore(root, {"weights": weights, "adapter": None, **more})
+    opened = ReferenceStore(root, {"weights": weights, "adapter": None, "attention": "sdpa", **more})
     opened.append(StoredRows(keys, np.full(rows, -5, np.float32), np.ones(rows, np.int32)))
 
 
@@ -29,16 +30,21 @@ def test_rows_are_counted_that_are_stored_for_the_same_weights(tmp_path: Path, s
     assert looked_at(tmp_path / "model").stored_rows == 0
     weights = f"files:{weights_digest(str(tmp_path / 'model'))}"
     store_rows(store, weights, 7)
-    store_rows(store, weights, 5, dtype="torch.bfloat16")
+    store_rows(store, weights, 5, dtype="torch.bfloat16", attention="eager")
+    store_rows(store, weights, 2, autocast="torch.bfloat16")
+    store_rows(store, weights, 100, ld_alpha=0.5)
     store_rows(store, weights, 100, adapter="of a continued adapter")
     store_rows(store, "files:of other weights", 100)
-    assert looked_at(tmp_path / "model").stored_rows == 12
-    assert looked_at(tmp_path / "model", adapter="lora").stored_rows == 12
+    assert looked_at(tmp_path / "model").stored_rows == 7
+    assert looked_at(tmp_path / "model", bf16=True).stored_rows == 7
+    assert looked_at(tmp_path / "model", bf16=True, attn_implementation="eager").stored_rows == 5
+    assert looked_at(tmp_path / "model", adapter="lora").stored_rows == 7
+    assert looked_at(tmp_path / "model", **{KNOWN_WEIGHTS: False}).stored_rows == 0
     assert looked_at(tmp_path / "model", adapter="lora", lora_model_dir="sft").stored_rows == 0
     elsewhere = {"dpo_ext": {"reference": {"strategy": "auto", "store": str(tmp_path / "another")}}}
     assert looked_at(tmp_path / "model", **elsewhere).stored_rows == 0
     for scalar in (True, {"reference": "auto"}, {"reference": None}):
-        assert looked_at(tmp_path / "model", dpo_ext=scalar).stored_rows == 12
+        assert looked_at(tmp_path / "model", dpo_ext=scalar).stored_rows == 7
 
 
 def test_a_large_checkpoint_is_not_hashed_to_decide(tmp_path: Path, store: Path, monkeypatch: pytest.MonkeyPatch):
