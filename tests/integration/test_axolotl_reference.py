@@ -10,10 +10,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from axolotl_dpo_ext.reference.store import ReferenceStore
-from tests.integration.runs import BIN, axolotl, base_keys, run, steps, tail
+from tests.integration.runs import BIN, SEVERAL_PROCESSES, axolotl, base_keys, run, steps, tail
 
 PLUGIN = "axolotl_dpo_ext.DPOExtPlugin"
 # Axolotl's own hook tells how many models are in memory when training starts.
@@ -53,8 +52,6 @@ ReferenceStore.append = noted
 class Sharer(BasePlugin):
     pass
 """
-# Axolotl 0.21 asks the driver about every pair of processes, which a CUDA build without a driver does not survive.
-SEVERAL = torch.version.cuda is None or torch.cuda.is_available()
 
 
 def keys(inputs: Path, reference: str | None, **more: Any) -> dict[str, Any]:
@@ -111,7 +108,7 @@ def test_full_fine_tuning_with_values_that_other_processes_prepared(inputs: Path
     assert counted["all"] == 2 * counted["policy"]
 
     made = keys(inputs, "precomputed")
-    precompute(made, tmp_path / "prepared", store, processes=2 if SEVERAL else 1)
+    precompute(made, tmp_path / "prepared", store, processes=2 if SEVERAL_PROCESSES else 1)
     stored = shards(store)
     assert stored
 
@@ -133,7 +130,7 @@ def test_full_fine_tuning_with_values_that_other_processes_prepared(inputs: Path
     assert "0 answers computed" in output
 
 
-@pytest.mark.skipif(not SEVERAL, reason="Axolotl needs the driver of a CUDA build for several processes")
+@pytest.mark.skipif(not SEVERAL_PROCESSES, reason="Axolotl needs the driver of a CUDA build for several processes")
 def test_two_processes_that_accelerate_starts_prepare_the_values_of_one(inputs: Path, tmp_path: Path):
     made = keys(inputs, "precomputed")
     made["plugins"] = [PLUGIN, "sharer.Sharer"]
