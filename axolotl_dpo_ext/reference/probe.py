@@ -111,7 +111,7 @@ def _check_unshared(
     raise RunStopped(
         f"the log-probabilities of {name} can't be computed at the answers' positions only ({fault})\n"
         f"    why: its head needs more than the hidden states of those positions, or these depend on tokens that "
-        f"come after\n"
+        f"come after, or on what else is in a batch, as with 8-bit weights\n"
         f"    fix: use `reference: gpu`, or `adapter` with a LoRA"
     )
 

@@ -201,7 +201,7 @@ class CpuOffloadStrategy(ReferenceStrategy):
                         setting="dpo_ext.reference",
                         found=f"{self.name}, with {key}: true",
                         reason="bitsandbytes weights cannot be copied to the device layer by layer",
-                        fix="set `reference: adapter` (no second model) or `precomputed`",
+                        fix="set `reference: adapter`: it needs no second model",
                     )
                 )
         return found

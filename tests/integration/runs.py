@@ -10,11 +10,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 ROOT = Path(__file__).parents[2]
 SHARED = ROOT.parent / "shared"
 BIN = Path(sys.executable).parent
+# Axolotl 0.21 asks the driver about every pair of processes, which a CUDA build without a driver does not survive.
+SEVERAL_PROCESSES = torch.version.cuda is None or torch.cuda.is_available()
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "HF_DATASETS_OFFLINE": "1",

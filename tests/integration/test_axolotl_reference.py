@@ -8,10 +8,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-import torch
 
-from tests.integration.runs import axolotl, base_keys, run, steps, tail
+from axolotl_dpo_ext.reference.store import ReferenceStore
+from tests.integration.runs import BIN, SEVERAL_PROCESSES, axolotl, base_keys, run, steps, tail
 
 PLUGIN = "axolotl_dpo_ext.DPOExtPlugin"
 # Axolotl's own hook tells how many models are in memory when training starts.
@@ -29,6 +30,27 @@ class Counter(BasePlugin):
         with open("counted.json", "w") as file:
             json.dump({"all": sum(weights.values()), "policy": policy, "ref_model": trainer.ref_model is not None}, file)
         return []
+"""
+
+# In each process: shards so small that all have some, and a note of who stored how many rows.
+SHARER = """
+import os
+from axolotl.integrations.base import BasePlugin
+from axolotl_dpo_ext.reference import precompute
+from axolotl_dpo_ext.reference.store import ReferenceStore
+
+precompute.SHARD_TOKENS = 1500
+append = ReferenceStore.append
+
+def noted(self, rows):
+    with open("stored-by-" + os.environ.get("RANK", "one"), "a") as file:
+        file.write(f"{len(rows)} ")
+    return append(self, rows)
+
+ReferenceStore.append = noted
+
+class Sharer(BasePlugin):
+    pass
 """
 
 
@@ -59,9 +81,12 @@ def precompute(made: dict[str, Any], folder: Path, store: Path, processes: int) 
 
     folder.mkdir()
     (folder / "counter.py").write_text(COUNTER, encoding="utf-8")
+    (folder / "sharer.py").write_text(SHARER, encoding="utf-8")
     (folder / "run.yaml").write_text(yaml.safe_dump(made), encoding="utf-8")
-    starter = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}"] if processes > 1 else []
-    command = [sys.executable, *starter, "-m", "axolotl_dpo_ext", "precompute", "run.yaml", "--json"]
+    # Where there are no accelerators to count, `accelerate` starts several processes only if told so once more.
+    launch = [BIN / "accelerate", "launch", "--num_processes", processes, "--multi_gpu", "--main_process_port", 0]
+    starter = launch if processes > 1 else [sys.executable]
+    command = [*starter, "-m", "axolotl_dpo_ext", "precompute", "run.yaml", "--json"]
     environment = {
         "PYTHONPATH": str(folder),
         "AXOLOTL_DPO_EXT_REFERENCE_STORE": str(store),
@@ -83,9 +108,7 @@ def test_full_fine_tuning_with_values_that_other_processes_prepared(inputs: Path
     assert counted["all"] == 2 * counted["policy"]
 
     made = keys(inputs, "precomputed")
-    # Axolotl 0.21 asks the driver about every pair of processes, which a CUDA build without a driver does not survive.
-    several = torch.version.cuda is None or torch.cuda.is_available()
-    precompute(made, tmp_path / "prepared", store, processes=2 if several else 1)
+    precompute(made, tmp_path / "prepared", store, processes=2 if SEVERAL_PROCESSES else 1)
     stored = shards(store)
     assert stored
 
@@ -98,20 +121,47 @@ def test_full_fine_tuning_with_values_that_other_processes_prepared(inputs: Path
     report = json.loads((tmp_path / "ours" / "output" / "dpo_report.json").read_text(encoding="utf-8"))
     assert "Reference" in json.dumps(report)
 
-    ours, counted, _ = train(keys(inputs, "cpu_offload"), tmp_path / "offloaded", store)
-    assert ours == pytest.approx(plain, rel=1e-4, abs=1e-6)
-    assert not counted["ref_model"]
+    chosen = {"cpu_offload": False, "gpu": True, "auto": False}  # and whether Axolotl loads a second model for it
+    for strategy, second in chosen.items():
+        ours, counted, output = train(keys(inputs, strategy), tmp_path / strategy, store)
+        assert ours == pytest.approx(plain, rel=1e-4, abs=1e-6), strategy
+        assert counted["ref_model"] == second, strategy
+    assert "reference = precomputed" in output  # what `auto` makes of a store that is complete
+    assert "0 answers computed" in output
+
+
+@pytest.mark.skipif(not SEVERAL_PROCESSES, reason="Axolotl needs the driver of a CUDA build for several processes")
+def test_two_processes_that_accelerate_starts_prepare_the_values_of_one(inputs: Path, tmp_path: Path):
+    made = keys(inputs, "precomputed")
+    made["plugins"] = [PLUGIN, "sharer.Sharer"]
+    found = {}
+    for processes in (1, 2):
+        folder, store = tmp_path / f"by-{processes}", tmp_path / f"store-{processes}"
+        done = precompute(made, folder, store, processes)
+        told = json.loads(done.stdout[done.stdout.rindex('{"train"') :].partition("\n")[0])
+        (path,) = (file.parent for file in store.glob("*/identity.json"))
+        found[processes] = path.name, ReferenceStore.at(path).rows()
+        by = {file.name: sum(map(int, file.read_text().split())) for file in folder.glob("stored-by-*")}
+        assert set(by) == ({"stored-by-one"} if processes == 1 else {"stored-by-0", "stored-by-1"})
+        assert sum(by.values()) == sum(each["computed"] for each in told.values()) == len(found[processes][1])
+        assert min(by.values()) > 100  # each of two its share
+    (name, one), (other, two) = found[1], found[2]
+    assert name == other
+    np.testing.assert_array_equal(one.keys, two.keys)
+    np.testing.assert_array_equal(one.tokens, two.tokens)
+    np.testing.assert_allclose(one.logps, two.logps, rtol=1e-5)
 
 
 def test_a_lora_starts_and_trains_the_same_with_every_strategy(inputs: Path, tmp_path: Path):
     lora = {"adapter": "lora", "lora_r": 4, "lora_alpha": 8, "lora_target_linear": True, "lora_dropout": 0.0}
     found = {
         strategy: train(keys(inputs, strategy, **lora), tmp_path / strategy, tmp_path / "store")
-        for strategy in ("auto", "gpu", "precomputed")
+        for strategy in ("auto", "gpu", "precomputed", "cpu_offload")
     }
     expected, counted, output = found["auto"]
     assert "reference = adapter" in output
     assert not counted["ref_model"]
     assert found["gpu"][1]["ref_model"]
+    assert not found["cpu_offload"][1]["ref_model"]
     for strategy, (ours, _counted, _output) in found.items():
         assert ours == pytest.approx(expected, rel=1e-4, abs=1e-6), strategy

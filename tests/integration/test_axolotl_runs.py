@@ -204,17 +204,37 @@ def test_a_failed_run_does_not_show_an_earlier_runs_report(inputs: Path, tmp_pat
     assert "SafetensorError" in done.stdout, runs.tail(done)
 
 
+# Axolotl gives each of several processes an accelerator, also where there is none.
+BOTH_ON_THE_CPU = """
+from pathlib import Path
+from axolotl.integrations.base import BasePlugin
+
+class Both(BasePlugin):
+    def load_datasets(self, cfg, preprocess=False):
+        cfg.device_map = {"": "cpu"}
+
+    def add_callbacks_post_trainer(self, cfg, trainer):
+        state = trainer.accelerator.state
+        Path(f"process-{state.process_index}-of-{state.num_processes}").touch()
+        return []
+"""
+
+
+@pytest.mark.skipif(not runs.SEVERAL_PROCESSES, reason="Axolotl needs the driver of a CUDA build for several processes")
 def test_two_processes_write_one_report(inputs: Path, tmp_path: Path):
     keys = runs.base_keys(inputs / "model", inputs / "chat.jsonl")
     keys |= {
-        "plugins": [PLUGIN],
+        "plugins": ["both.Both", PLUGIN],
         "dpo_ext": {"quality": True, "reference": "gpu"},
         "max_steps": 2,
         "save_steps": 2,
     }
-    launcher = ["--launcher", "accelerate", "--", "--cpu", "--num_processes", "2", "--num_machines", "1"]
-    done = runs.axolotl("train", keys, tmp_path, *launcher)
+    # With `--cpu` accelerate starts one process, whatever their number.
+    launcher = ["--launcher", "accelerate", "--", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
+    (tmp_path / "both.py").write_text(BOTH_ON_THE_CPU, encoding="utf-8")
+    done = runs.axolotl("train", keys, tmp_path, *launcher, PYTHONPATH=str(tmp_path), ACCELERATE_USE_CPU="true")
     assert done.returncode == 0, runs.tail(done)
+    assert {file.name for file in tmp_path.glob("process-*")} == {"process-0-of-2", "process-1-of-2"}
     log = (tmp_path / "output" / "preference_log.jsonl").read_text(encoding="utf-8").splitlines()
     entries = [json.loads(line) for line in log]
     assert [entry["step"] for entry in entries if entry["event"] == "eval"] == [0, 2]

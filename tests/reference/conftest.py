@@ -12,6 +12,7 @@ from datasets import Dataset
 from transformers import AutoTokenizer
 from trl import DPOConfig
 
+from axolotl_dpo_ext.reference.logprobs import AnswerScorer
 from tests.tiny_llama import WORDS, save_llama
 
 
@@ -103,3 +104,24 @@ def arguments(model_dir: Path, pairs: Dataset, tmp_path: Path) -> Callable[..., 
         }
 
     return make
+
+
+@pytest.fixture
+def forwards(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Counts the batches that are computed for a store."""
+    counted: list[int] = []
+    compute = AnswerScorer.token_log_probs
+
+    def count(self: AnswerScorer, rows: Any, share_prompts: bool) -> Any:
+        counted.append(len(rows))
+        return compute(self, rows, share_prompts)
+
+    monkeypatch.setattr(AnswerScorer, "token_log_probs", count)
+    return counted
+
+
+def reuses(make: Callable[[], Any], forwards: list[int]) -> bool:
+    """Whether what is made computes nothing, as all its values are stored."""
+    forwards.clear()
+    make()
+    return not forwards

@@ -506,6 +506,65 @@ def test_a_store_that_can_only_be_read_serves_what_it_has_and_stops_before_anyth
     assert (prepared, calls) == (0, 0)
 
 
+# The limit on a file's size stands in for the disk: it strikes in the middle of a file, as a disk that runs full does.
+FULL = """
+import resource
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+
+def room(size):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+class Filling(StandIn):
+    def token_log_probs(self, rows, share_prompts):
+        if len(self.scored) > 60:
+            room(200)
+        return super().token_log_probs(rows, share_prompts)
+
+dataset = make_dataset(80)
+run(dataset, ROOT / "undisturbed", StandIn())
+first = Filling()
+try:
+    run(dataset, ROOT / "full", first)
+    told = ""
+except StoreError as error:
+    told = str(error)
+kept = {name: data.hex() for name, data in shards(ROOT / "full").items()}
+again = StandIn()
+try:
+    run(dataset, ROOT / "full", again)
+    still = ""
+except StoreError as error:
+    still = str(error)
+room(resource.RLIM_INFINITY)
+rest = StandIn()
+found, store = run(dataset, ROOT / "full", rest)
+print(json.dumps({
+    "told": told, "still": still, "kept": kept, "computed while full": again.calls, "damaged": len(store.damaged),
+    "scored": [len(first.scored), len(rest.scored)], "values": [found.chosen.tolist(), found.rejected.tolist()],
+}))
+"""
+
+
+def test_a_disk_that_runs_full_stops_with_the_reason_and_with_room_again_the_same_bytes_are_stored(tmp_path: Path):
+    done = result(start(FULL, tmp_path))
+    whole = shards(tmp_path / "undisturbed")
+    for message in (done["told"], done["still"]):
+        for words in (str(tmp_path / "full"), "can't be written", "File too large", "make room", "stays valid"):
+            assert words in message
+    assert done["computed while full"] == 0  # it is said before anything is computed in vain
+    kept = {name: bytes.fromhex(data) for name, data in done["kept"].items()}
+    assert 2 < len(kept) < len(whole) - 2
+    assert kept.items() < whole.items()
+    assert shards(tmp_path / "full") == whole
+    assert done["damaged"] == 0
+    assert not list(tmp_path.rglob(".tmp-*"))
+    np.testing.assert_allclose(done["values"], expected(make_dataset(80)), rtol=1e-6)
+    # What did not fit, and nothing else, was computed twice.
+    first, rest = done["scored"]
+    lost = first + rest - 160
+    assert 0 < lost < 20
+
+
 # As torchrun starts them, but forked: one import serves all processes of all runs.
 DISTRIBUTED = """
 import socket

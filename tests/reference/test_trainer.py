@@ -19,11 +19,10 @@ from trl import DPOTrainer
 
 from axolotl_dpo_ext.reference import Checkpoint, Reference, ReferenceDPOTrainer, ReferenceMixin, ReferenceStrategy
 from axolotl_dpo_ext.reference.identity import reference_identity
-from axolotl_dpo_ext.reference.logprobs import AnswerScorer
 from axolotl_dpo_ext.reference.losses import SERVED
 from axolotl_dpo_ext.reference.rows import LogProbDefinition
 from axolotl_dpo_ext.vocabulary import ConfigurationError, RunStopped
-from tests.reference.conftest import make_pairs
+from tests.reference.conftest import make_pairs, reuses
 
 pytestmark = pytest.mark.stack
 
@@ -40,20 +39,6 @@ def trajectory(trainer: Any) -> list[float]:
     trainer.train()
     kept = ("loss", "grad_norm", "eval_loss")
     return [entry[name] for entry in trainer.state.log_history for name in kept if name in entry]
-
-
-@pytest.fixture
-def forwards(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Counts the batches that are computed for a store."""
-    counted: list[int] = []
-    compute = AnswerScorer.token_log_probs
-
-    def count(self: AnswerScorer, rows: Any, share_prompts: bool) -> Any:
-        counted.append(len(rows))
-        return compute(self, rows, share_prompts)
-
-    monkeypatch.setattr(AnswerScorer, "token_log_probs", count)
-    return counted
 
 
 @pytest.mark.parametrize(
@@ -222,12 +207,6 @@ def test_another_beta_rate_seed_rank_or_folder_computes_nothing(
     assert forwards == []
 
 
-def reuses(make: Callable[[], Any], forwards: list[int]) -> bool:
-    forwards.clear()
-    make()
-    return not forwards
-
-
 def test_whatever_the_values_depend_on_makes_them_be_computed_again(
     model_dir: Path, arguments: Arguments, store: Path, forwards: list[int]
 ):
@@ -268,7 +247,7 @@ def test_one_bit_of_the_weights_makes_them_be_computed_again(
     assert not reuses(lambda: ReferenceDPOTrainer(str(model_dir), **arguments(), reference="precomputed"), forwards)
 
 
-def test_a_tokenizer_a_template_or_a_token_changes_only_the_rows_that_it_changes(
+def test_a_token_a_new_row_or_a_tokenizer_changes_only_the_rows_that_it_changes(
     model_dir: Path, arguments: Arguments, store: Path
 ):
     def computed(given: dict[str, Any]) -> float:
