@@ -49,8 +49,8 @@ def compare_online(trainer: Any, model: Any, inputs: dict[str, Any]) -> None:
     if not torch.isfinite(stored).all():
         raise RunStopped(
             "the reference log-probabilities of the first batch are not finite\n"
-            "    why: the reference overflowed where they were computed\n"
-            "    fix: remove them with `axolotl dpo-ref-cache prune` and compute them in bfloat16 or float32"
+            "    why: the reference overflows in its dtype, or its weights are not finite\n"
+            "    fix: compute them in bfloat16 or float32 instead of float16"
         )
     reason = _not_comparable(trainer)
     if reason:

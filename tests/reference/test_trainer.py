@@ -381,28 +381,48 @@ def test_one_sweep_for_all_micro_batches_of_a_step(
     assert handed == [2, 2, 2]
 
 
-def test_a_third_partys_strategy_hands_over_its_own(
-    model_dir: Path, arguments: Arguments, monkeypatch: pytest.MonkeyPatch
-):
+@pytest.fixture
+def third_party(monkeypatch: pytest.MonkeyPatch) -> Callable[[Reference], None]:
+    """Returns a function that registers a strategy called ``third``, whose reference is the one given."""
     from axolotl_dpo_ext import plugins
 
-    class Constant(Reference):
-        def for_batches(self, batches: Any) -> Any:
-            return [(torch.full((len(b["input_ids"]) // 2,), -7.0),) * 2 for b in batches]
+    def register(reference: Reference) -> None:
+        class Third(ReferenceStrategy):
+            name, summary, hands_over, is_initial_policy = "third", "a third party's", True, False
 
-    class Third(ReferenceStrategy):
-        name, summary, hands_over, is_initial_policy = "third", "a constant", True, False
+            def problems(self, config: Any) -> list[Any]:
+                return []
 
-        def problems(self, config: Any) -> list[Any]:
-            return []
+            def reference(self, policy: Any) -> Reference:
+                return reference
 
-        def reference(self, policy: Any) -> Reference:
-            return Constant()
+        monkeypatch.setitem(plugins.extensions().reference_strategies, "third", Third())
 
-    known = plugins.extensions()
-    monkeypatch.setitem(known.reference_strategies, "third", Third())
+    return register
+
+
+class Constant(Reference):
+    def __init__(self, value: float = -7.0) -> None:
+        self.value = value
+
+    def for_batches(self, batches: Any) -> Any:
+        return [(torch.full((len(b["input_ids"]) // 2,), self.value),) * 2 for b in batches]
+
+
+def test_a_third_partys_strategy_hands_over_its_own(model_dir: Path, arguments: Arguments, third_party: Any):
+    third_party(Constant())
     trainer = ReferenceDPOTrainer(str(model_dir), **arguments(), reference="third")
     assert len(trajectory(trainer)) == 6
+
+
+def test_values_that_are_not_finite_stop_the_run_before_the_first_step(
+    model_dir: Path, arguments: Arguments, third_party: Any
+):
+    third_party(Constant(-math.inf))
+    trainer = ReferenceDPOTrainer(str(model_dir), **arguments(), reference="third")
+    # Nothing is stored by most strategies, and a store takes no such values: there is nothing to remove.
+    with pytest.raises(RunStopped, match=r"not finite\n +why: .*\n +fix: compute them in bfloat16 or float32"):
+        trainer.train()
 
 
 def test_a_new_evaluation_set_after_training(model_dir: Path, arguments: Arguments, store: Path):
