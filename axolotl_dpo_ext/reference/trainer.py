@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
-import os
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -77,7 +76,6 @@ class ReferenceMixin:
             self.reference_settings = self.reference_settings.model_copy(update={"strategy": "gpu"})
         self._strategy = _choose(self.reference_settings, model, args, peft_config)
         self.reference_is_initial_policy = ref_model is None and self._strategy.is_initial_policy
-        _check_same_choice(self._strategy)
         self._reference: Reference | None = None
         # Whether a PEFT model's adapter is part of the reference; decided on the policy before its first step.
         self.adapter_is_reference: bool | None = None
@@ -227,16 +225,6 @@ def _settings(reference: str | Mapping[str, Any] | ReferenceSettings) -> Referen
     return settings
 
 
-def _check_same_choice(strategy: ReferenceStrategy) -> None:
-    names = Processes().gather(strategy.name)
-    if len(set(names)) > 1:
-        raise RunStopped(
-            f"the processes chose different reference strategies: {', '.join(names)}\n"
-            f"    why: `auto` saw different stores or devices, and the processes would wait for each other for ever\n"
-            f"    fix: name one in `reference:`"
-        )
-
-
 # What a model may be loaded with and still have its files' weights under its name.
 _HARMLESS = {"dtype", "torch_dtype", "attn_implementation", "revision", "device_map", "trust_remote_code", "use_cache"}
 
@@ -249,13 +237,29 @@ def _checkpoint(name: str, args: Any) -> Checkpoint | None:
 def _choose(settings: ReferenceSettings, model: Any, args: Any, peft_config: Any) -> ReferenceStrategy:
     from axolotl_dpo_ext.plugins import extensions
     from axolotl_dpo_ext.reference.script_keys import keys_of_script
-    from axolotl_dpo_ext.reference.selector import choose_strategy
+    from axolotl_dpo_ext.reference.selector import AUTO, choose_strategy
 
     keys = {**keys_of_script(model, args, peft_config), "dpo_ext": {"reference": settings.model_dump()}}
-    strategy, decision = choose_strategy(settings.strategy, keys, extensions().reference_strategies)
-    if settings.strategy == "auto" and int(os.environ.get("RANK", "0")) == 0:
-        LOG.info("reference = %s (%s)", decision.choice, decision.reason)
+    strategies = extensions().reference_strategies
+    strategy, decision = choose_strategy(settings.strategy, keys, strategies)
+    processes = Processes()
+    names = processes.gather(strategy.name)
+    if settings.strategy == AUTO:
+        if processes.rank == 0:
+            LOG.info("reference = %s (%s)", decision.choice, decision.reason)
+        return strategies[names[0]]  # the others may have looked at a store or a device a moment later
+    _check_same_choice(names)
     return strategy
+
+
+def _check_same_choice(names: list[str]) -> None:
+    """Checks names that the processes were given: Axolotl's settle on one before they can talk to each other."""
+    if len(set(names)) > 1:
+        raise RunStopped(
+            f"the processes chose different reference strategies: {', '.join(names)}\n"
+            f"    why: `auto` saw different stores or devices, and the processes would wait for each other for ever\n"
+            f"    fix: name one in `reference:`"
+        )
 
 
 def _second_copy(model: Any, args: Any, peft_config: Any, quantization_config: Any) -> Any:

@@ -18,6 +18,8 @@ from trl import DPOTrainer
 from axolotl_dpo_ext.reference import Checkpoint, Reference, ReferenceDPOTrainer, ReferenceMixin, ReferenceStrategy
 from axolotl_dpo_ext.reference.logprobs import AnswerScorer
 from axolotl_dpo_ext.reference.losses import SERVED
+from axolotl_dpo_ext.reference.processes import Processes
+from axolotl_dpo_ext.settings import ReferenceSettings
 from axolotl_dpo_ext.vocabulary import ConfigurationError, RunStopped
 from tests.reference.conftest import make_pairs
 
@@ -413,6 +415,30 @@ def test_a_third_partys_strategy_hands_over_its_own(model_dir: Path, arguments: 
     third_party(Constant())
     trainer = ReferenceDPOTrainer(str(model_dir), **arguments(), reference="third")
     assert len(trajectory(trainer)) == 6
+
+
+class AnotherProcess(Processes):
+    """The second of two processes, the first of which says ``gpu``."""
+
+    def __init__(self) -> None:
+        self.rank, self.count = 1, 2
+
+    def gather(self, value: Any) -> list[Any]:
+        return ["gpu", value]
+
+
+def test_every_process_takes_the_first_ones_automatic_choice(
+    model_dir: Path, arguments: Arguments, monkeypatch: pytest.MonkeyPatch
+):
+    from axolotl_dpo_ext.reference import trainer
+
+    monkeypatch.setattr(trainer, "Processes", AnotherProcess)
+    given = arguments()["args"]
+    # Alone it chooses the adapter; the first process may have seen another store or device.
+    strategy = trainer._choose(ReferenceSettings(strategy="auto"), str(model_dir), given, LoraConfig(**LORA))
+    assert strategy.name == "gpu"
+    with pytest.raises(RunStopped, match="different reference strategies: gpu, precomputed"):
+        trainer._choose(ReferenceSettings(strategy="precomputed"), str(model_dir), given, None)
 
 
 def test_values_that_are_not_finite_stop_the_run_before_the_first_step(
