@@ -77,6 +77,8 @@ class ReferenceMixin:
         self._strategy = _choose(self.reference_settings, model, args, peft_config)
         self.reference_is_initial_policy = ref_model is None and self._strategy.is_initial_policy
         self._reference: Reference | None = None
+        # Whether a dataset has no log-probabilities of its own, so that the reference delivers them batch by batch.
+        self._asked_for_batches = False
         # Whether a PEFT model's adapter is part of the reference; decided on the policy before its first step.
         self.adapter_is_reference: bool | None = None
         # For each dataset: its pairs, how many answers had to be computed, and in how many seconds.
@@ -102,9 +104,9 @@ class ReferenceMixin:
         self._made = True
         self._given_reference = None
         trainer: Any = self
-        if self.reference_record:
-            self._reference = None  # it holds the policy, which training is about to change
-        elif self._reference is not None:
+        if not self._asked_for_batches:
+            self._reference = None  # it may hold the policy, which training is about to change
+        else:
             trainer.precompute_ref_logps = False  # `compute_loss` says when a batch has its values
         if self._strategy.name == "adapter":
             _check_adapter(trainer, self.reference_settings)
@@ -122,9 +124,11 @@ class ReferenceMixin:
             return dataset  # it went through here before
         reference = self._reference or self._strategy.reference(self._policy())
         assert reference is not None, f"{self._strategy.name} hands over, so it must return a reference"
-        self._reference = reference if not self._made else self._reference
         found = reference.for_dataset(dataset, name)
+        if found is None or not self._made:
+            self._reference = reference
         if found is None:
+            self._asked_for_batches = True
             return dataset
         self.reference_record[name] = {"pairs": len(dataset), "computed": found.computed, "seconds": found.seconds}
         return dataset.add_column("ref_chosen_logps", found.chosen).add_column("ref_rejected_logps", found.rejected)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
@@ -15,7 +16,14 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 from trl import DPOTrainer
 
-from axolotl_dpo_ext.reference import Checkpoint, Reference, ReferenceDPOTrainer, ReferenceMixin, ReferenceStrategy
+from axolotl_dpo_ext.reference import (
+    Checkpoint,
+    PairLogProbs,
+    Reference,
+    ReferenceDPOTrainer,
+    ReferenceMixin,
+    ReferenceStrategy,
+)
 from axolotl_dpo_ext.reference.logprobs import AnswerScorer
 from axolotl_dpo_ext.reference.losses import SERVED
 from axolotl_dpo_ext.reference.processes import Processes
@@ -384,13 +392,13 @@ def test_one_sweep_for_all_micro_batches_of_a_step(
 
 
 @pytest.fixture
-def third_party(monkeypatch: pytest.MonkeyPatch) -> Callable[[Reference], None]:
+def third_party(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Returns a function that registers a strategy called ``third``, whose reference is the one given."""
     from axolotl_dpo_ext import plugins
 
-    def register(reference: Reference) -> None:
+    def register(reference: Reference, initial_policy: bool = False) -> None:
         class Third(ReferenceStrategy):
-            name, summary, hands_over, is_initial_policy = "third", "a third party's", True, False
+            name, summary, hands_over, is_initial_policy = "third", "a third party's", True, initial_policy
 
             def problems(self, config: Any) -> list[Any]:
                 return []
@@ -415,6 +423,34 @@ def test_a_third_partys_strategy_hands_over_its_own(model_dir: Path, arguments: 
     third_party(Constant())
     trainer = ReferenceDPOTrainer(str(model_dir), **arguments(), reference="third")
     assert len(trajectory(trainer)) == 6
+
+
+class KnowsTrainingPairs(Constant):
+    def for_dataset(self, dataset: Dataset, name: str) -> PairLogProbs | None:
+        values = np.full(len(dataset), self.value, np.float32)
+        return PairLogProbs(values, values, computed=len(dataset), seconds=0.0) if name == "train" else None
+
+
+def test_a_third_partys_reference_may_know_one_dataset_and_be_asked_for_the_batches_of_another(
+    model_dir: Path, arguments: Arguments, third_party: Any
+):
+    def train(reference: Reference) -> list[float]:
+        third_party(reference)
+        given = arguments(eval_strategy="steps", eval_steps=1) | {"eval_dataset": make_pairs(4, first=50)}
+        return trajectory(ReferenceDPOTrainer(str(model_dir), **given, reference="third"))
+
+    assert train(KnowsTrainingPairs()) == pytest.approx(train(Constant()), rel=1e-5)
+
+
+def test_a_third_partys_reference_is_asked_for_the_batches_of_an_evaluation_set_that_comes_later(
+    model_dir: Path, arguments: Arguments, third_party: Any
+):
+    losses = []
+    for reference in (KnowsTrainingPairs(), Constant()):
+        third_party(reference, initial_policy=True)
+        trainer = ReferenceDPOTrainer(str(model_dir), **arguments(), reference="third")
+        losses.append(trainer.evaluate(make_pairs(4, first=50))["eval_loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 class AnotherProcess(Processes):
