@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 
 LOG = logging.getLogger(__name__)
 
+# Where TRL's batches carry the reference's log-probabilities.
+COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
+
 
 class ReferenceMixin:
     """Gives a subclass of TRL's ``DPOTrainer`` a choice of where its reference log-probabilities come from.
@@ -83,6 +86,7 @@ class ReferenceMixin:
         self.adapter_is_reference: bool | None = None
         # For each dataset: its pairs, how many answers had to be computed, and in how many seconds.
         self.reference_record: dict[str, dict[str, float]] = {}
+        self._extended: set[str] = set()  # fingerprints of the datasets that were given their columns here
         self._agreed = not self._strategy.hands_over
         self._made = False
         if self._strategy.hands_over:
@@ -115,13 +119,27 @@ class ReferenceMixin:
         # Whatever a strategy loaded or computed: training draws the same random numbers (trl#7083).
         set_seed(args.seed)
 
+    def _prepare_dataset(
+        self, dataset: Any, processing_class: Any, args: Any, dataset_name: str, *more: Any, **named: Any
+    ) -> Any:
+        """Sees every dataset before TRL does: one that is finished stays so, and foreign columns are dropped."""
+        if self._strategy.hands_over:
+            if self._is_extended(dataset):
+                return dataset
+            dataset = _without_foreign_columns(dataset, dataset_name)
+        parent: Any = super()
+        return parent._prepare_dataset(dataset, processing_class, args, dataset_name, *more, **named)
+
+    def _is_extended(self, dataset: Any) -> bool:
+        return getattr(dataset, "_fingerprint", None) in self._extended
+
     def _precompute_ref_logps(self, dataset: Dataset, name: str, *more: Any, **named: Any) -> Dataset:
         """Takes the place of TRL's own precomputation, of the training set and of every evaluation set."""
         if not self._strategy.hands_over:
             parent: Any = super()
             return parent._precompute_ref_logps(dataset, name, *more, **named)
-        if "ref_chosen_logps" in (getattr(dataset, "column_names", None) or ()):
-            return dataset  # it went through here before
+        if self._is_extended(dataset):
+            return dataset
         reference = self._reference or self._strategy.reference(self._policy())
         assert reference is not None, f"{self._strategy.name} hands over, so it must return a reference"
         found = reference.for_dataset(dataset, name)
@@ -131,7 +149,9 @@ class ReferenceMixin:
             self._asked_for_batches = True
             return dataset
         self.reference_record[name] = {"pairs": len(dataset), "computed": found.computed, "seconds": found.seconds}
-        return dataset.add_column("ref_chosen_logps", found.chosen).add_column("ref_rejected_logps", found.rejected)
+        extended = dataset.add_column(COLUMNS[0], found.chosen).add_column(COLUMNS[1], found.rejected)
+        self._extended.add(extended._fingerprint)
+        return extended
 
     def _policy(self) -> Policy:
         trainer: Any = self
@@ -190,7 +210,7 @@ class ReferenceMixin:
         if not isinstance(inputs, Mapping) or "ref_chosen_logps" not in inputs:
             return parent._prepare_inputs(inputs)
         trainer: Any = self
-        kept = {name: inputs[name] for name in ("ref_chosen_logps", "ref_rejected_logps")}
+        kept = {name: inputs[name] for name in COLUMNS}
         prepared = parent._prepare_inputs({name: value for name, value in inputs.items() if name not in kept})
         return {**prepared, **{name: value.to(trainer.args.device) for name, value in kept.items()}}
 
@@ -236,6 +256,23 @@ _HARMLESS = {"dtype", "torch_dtype", "attn_implementation", "revision", "device_
 def _checkpoint(name: str, args: Any) -> Checkpoint | None:
     options = args.model_init_kwargs or {}
     return Checkpoint(name, options.get("revision")) if set(options) <= _HARMLESS else None
+
+
+def _without_foreign_columns(dataset: Any, name: str) -> Any:
+    """Drops log-probabilities that a dataset came with: nobody knows of which model and which tokens they are."""
+    # A streamed dataset may not know its columns before it is read.
+    names = dataset.column_names or next(iter(dataset), ())
+    foreign = [column for column in COLUMNS if column in names]
+    if not foreign:
+        return dataset
+    if Processes().rank == 0:
+        LOG.warning(
+            "the %s pairs came with %s, which this trainer did not compute: dropped\n"
+            "    why: nothing says which model and which tokens the values belong to; the strategy delivers its own\n"
+            "    fix: remove the columns, or hand values of your own over with a strategy of your own",
+            name, " and ".join(foreign),
+        )  # fmt: skip
+    return dataset.remove_columns(foreign)
 
 
 def _choose(settings: ReferenceSettings, model: Any, args: Any, peft_config: Any) -> ReferenceStrategy:

@@ -453,6 +453,66 @@ def test_a_third_partys_reference_is_asked_for_the_batches_of_an_evaluation_set_
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
+def with_stale_columns(dataset: Dataset) -> Dataset:
+    return dataset.add_column("ref_chosen_logps", [-1.0] * len(dataset)).add_column(
+        "ref_rejected_logps", [-500.0] * len(dataset)
+    )
+
+
+@pytest.mark.parametrize("strategy", ["precomputed", "cpu_offload", "third"])
+def test_columns_that_a_dataset_came_with_are_dropped_with_a_warning(
+    strategy: str,
+    model_dir: Path,
+    arguments: Arguments,
+    store: Path,
+    third_party: Any,
+    caplog: pytest.LogCaptureFixture,
+):
+    third_party(Constant())
+
+    def losses(change: Callable[[Dataset], Dataset]) -> list[float]:
+        caplog.clear()
+        given = arguments(eval_strategy="steps", eval_steps=1)
+        given["train_dataset"] = change(given["train_dataset"])
+        sets = {"first": change(make_pairs(4, first=50)), "second": make_pairs(4, first=80)}
+        # A reference of one's own: the values of the first batch can't be compared with the policy's.
+        own = None if strategy == "third" else changed_in_memory(model_dir)
+        trainer = ReferenceDPOTrainer(str(model_dir), own, **given, eval_dataset=sets, reference=strategy)
+        trainer.train()
+        kept = ("loss", "eval_first_loss", "eval_second_loss")
+        return [entry[name] for entry in trainer.state.log_history for name in kept if name in entry]
+
+    def warnings() -> list[str]:
+        return [record.getMessage() for record in caplog.records if "came with" in record.getMessage()]
+
+    plain = losses(lambda dataset: dataset)
+    assert (len(plain), warnings()) == (9, [])
+    assert losses(with_stale_columns) == pytest.approx(plain, rel=1e-5)
+    assert [text.partition(" came with")[0] for text in warnings()] == ["the train pairs", "the first pairs"]
+    assert all("ref_chosen_logps and ref_rejected_logps" in text for text in warnings())
+    assert all("fix: remove the columns" in text for text in warnings())
+
+
+@pytest.mark.parametrize("strategy", ["precomputed", "cpu_offload"])
+def test_columns_of_an_evaluation_set_that_comes_later_are_dropped_too(
+    strategy: str, model_dir: Path, arguments: Arguments, store: Path
+):
+    trainer = ReferenceDPOTrainer(str(model_dir), **arguments(), reference=strategy)
+    assert trainer.evaluate(with_stale_columns(make_pairs(4, first=50)))["eval_loss"] == pytest.approx(math.log(2))
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_columns_of_a_streamed_dataset_are_dropped_too(known: bool, model_dir: Path, arguments: Arguments):
+    def first_loss(change: Callable[[Dataset], Dataset]) -> float:
+        streamed = change(make_pairs(12)).to_iterable_dataset()
+        streamed = streamed if known else streamed.map(lambda row: row)  # its columns are not known from here on
+        given = arguments() | {"train_dataset": streamed}
+        own = changed_in_memory(model_dir)
+        return trajectory(ReferenceDPOTrainer(str(model_dir), own, **given, reference="cpu_offload"))[0]
+
+    assert first_loss(with_stale_columns) == pytest.approx(first_loss(lambda dataset: dataset), rel=1e-5)
+
+
 class AnotherProcess(Processes):
     """The second of two processes, the first of which says ``gpu``."""
 
