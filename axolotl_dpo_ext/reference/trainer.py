@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import set_seed
 from trl import DPOTrainer  # type: ignore[attr-defined]
 
+from axolotl_dpo_ext.messages import show_information
 from axolotl_dpo_ext.reference.checks import AUTOCAST, StuckLossCallback, compare_online
 from axolotl_dpo_ext.reference.copies import frozen_copy
 from axolotl_dpo_ext.reference.identity import Checkpoint, is_elsewhere, is_fresh_adapter, trains_base_weights
@@ -70,6 +71,8 @@ class ReferenceMixin:
                 "no `args` were given\n    why: the reference strategies set a part of them\n"
                 "    fix: pass `args=DPOConfig(output_dir=…)`"
             )
+        if Processes().rank == 0:
+            show_information()
         self.reference_settings = _settings(reference)
         self._checkpoint = _checkpoint(model, args) if isinstance(model, str) else checkpoint
         self._given_reference = ref_model
