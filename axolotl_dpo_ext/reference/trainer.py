@@ -14,7 +14,7 @@ from transformers import set_seed
 from trl import DPOTrainer  # type: ignore[attr-defined]
 
 from axolotl_dpo_ext.messages import show_information
-from axolotl_dpo_ext.reference.checks import AUTOCAST, StuckLossCallback, compare_online
+from axolotl_dpo_ext.reference.checks import AUTOCAST, StuckPolicyCallback, compare_online, is_low_precision
 from axolotl_dpo_ext.reference.copies import frozen_copy
 from axolotl_dpo_ext.reference.identity import Checkpoint, is_elsewhere, is_fresh_adapter, trains_base_weights
 from axolotl_dpo_ext.reference.losses import check_loss
@@ -118,7 +118,7 @@ class ReferenceMixin:
         if self._strategy.name == "adapter":
             _check_adapter(trainer, self.reference_settings)
         if self._strategy.hands_over:
-            trainer.add_callback(StuckLossCallback())
+            trainer.add_callback(StuckPolicyCallback(is_low_precision(trainer, trainer.model)))
         # Whatever a strategy loaded or computed: training draws the same random numbers (trl#7083).
         set_seed(args.seed)
 

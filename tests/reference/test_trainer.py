@@ -336,20 +336,6 @@ def test_a_collator_that_drops_the_values_is_named(model_dir: Path, arguments: A
         trainer.train()
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")
-def test_a_loss_that_stays_at_ln_2_stops_the_run(model_dir: Path, arguments: Arguments, store: Path):
-    class Frozen(ReferenceDPOTrainer):
-        def create_optimizer(self, *args: Any) -> Any:
-            optimizer = super().create_optimizer(*args)
-            optimizer.step = lambda *a, **k: None  # a policy that never changes
-            return optimizer
-
-    trainer = Frozen(str(model_dir), **arguments(max_steps=40), reference="precomputed")
-    with pytest.raises(RunStopped, match="the loss has been ln 2"):
-        trainer.train()
-    assert trainer.state.global_step < 40
-
-
 def test_the_mixin_goes_before_a_trainer_of_ones_own(model_dir: Path, arguments: Arguments, store: Path):
     class Mine(DPOTrainer):
         def compute_loss(
