@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
-import math
 from typing import Any
 
 import torch
+import xxhash
+from torch import nn
 from transformers import TrainerCallback
 
+from axolotl_dpo_ext.reference.identity import is_elsewhere
+from axolotl_dpo_ext.reference.processes import Processes
 from axolotl_dpo_ext.reference.randomness import random_state_kept
 from axolotl_dpo_ext.vocabulary import RunStopped
 
@@ -20,9 +23,10 @@ AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 AGREEMENT = 1e-3
 LOW_PRECISION_AGREEMENT = 0.05
 LOW_PRECISION_BIAS = 0.02  # nats a token, over the whole batch: rounding goes both ways
-# A policy that learns leaves ln 2 within a few steps; at the lowest learning rates a few more.
+# A policy that learns leaves its reference within a few steps; at the lowest learning rates a few more.
 STUCK_STEPS = 20
-STUCK_LOSS = 1e-4  # the margin says it more finely
+# Elements of each parameter that are looked at. In bfloat16 a low learning rate changes one in a thousand in a step.
+SAMPLED = 4096
 STUCK_MARGIN = 1e-5  # rounding of stored and computed log-probabilities, times a beta of up to 1
 
 
@@ -49,15 +53,15 @@ def compare_online(trainer: Any, model: Any, inputs: dict[str, Any]) -> None:
     if not torch.isfinite(stored).all():
         raise RunStopped(
             "the reference log-probabilities of the first batch are not finite\n"
-            "    why: the reference overflowed where they were computed\n"
-            "    fix: remove them with `axolotl dpo-ref-cache prune` and compute them in bfloat16 or float32"
+            "    why: the reference overflows in its dtype, or its weights are not finite\n"
+            "    fix: compute them in bfloat16 or float32 instead of float16"
         )
     reason = _not_comparable(trainer)
     if reason:
         LOG.info("reference: the first batch is not compared with the model, because %s", reason)
         return
     online = _online(trainer, model, inputs)
-    low = torch.finfo(_dtype(trainer, model)).bits < 32
+    low = is_low_precision(trainer, model)
     allowed = LOW_PRECISION_AGREEMENT if low else AGREEMENT
     difference = ((stored - online).abs() / online.abs().clamp(min=1.0)).max().item()
     tokens = inputs["completion_mask"][:, 1:].sum(1).reshape(2, -1).clamp(min=1)
@@ -85,8 +89,15 @@ def _not_comparable(trainer: Any) -> str:
     return ""
 
 
-def _dtype(trainer: Any, model: Any) -> torch.dtype:
-    return AUTOCAST.get(trainer.accelerator.mixed_precision) or next(model.parameters()).dtype
+def is_low_precision(trainer: Any, model: Any) -> bool:
+    """Whether a trainer's model computes in 16 bits or fewer, by its weights or by autocast.
+
+    Args:
+        trainer: TRL's trainer.
+        model: Its model.
+    """
+    dtype = AUTOCAST.get(trainer.accelerator.mixed_precision) or next(model.parameters()).dtype
+    return torch.finfo(dtype).bits < 32
 
 
 def _online(trainer: Any, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
@@ -100,31 +111,93 @@ def _online(trainer: Any, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
         model.train(was_training)
 
 
-class StuckLossCallback(TrainerCallback):
-    """Stops a run whose loss stays at ln 2: the policy and its reference are the same, so nothing is learned."""
+class StuckPolicyCallback(TrainerCallback):
+    """Stops a run whose policy stays equal to its reference, so that nothing is learned.
 
-    def __init__(self) -> None:
+    Two things say so, whatever the loss: the reward margins stay at 0, in low precision within what rounding explains,
+    and no sampled element of any trained parameter has changed since training began. A run that learns slowly, as in
+    a warm-up, can have such margins but not such parameters. Where parameters are not in this process (ZeRO-3),
+    margins of 0 are enough in full precision, and nothing is said in low precision.
+
+    Args:
+        low_precision: Whether the policy computes in 16 bits or fewer.
+    """
+
+    def __init__(self, low_precision: bool) -> None:
+        self._low_precision = low_precision
+        self._learns = False
+        self._at_first: str | None = None
         self._stuck_since: int | None = None
+        self._largest = 0.0
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        """Looks at each logged loss.
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Samples the parameters before the first step."""
+        self._at_first = _sample_of_trained(model)
+
+    def on_log(
+        self,
+        args: Any,
+        state: Any,
+        control: Any,
+        logs: dict[str, Any] | None = None,
+        model: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Looks at each logged margin.
 
         Raises:
-            RunStopped: The loss was ln 2 for ``STUCK_STEPS`` steps with a learning rate above zero.
+            RunStopped: Nothing was learned for ``STUCK_STEPS`` steps with a learning rate above zero.
         """
         found = logs or {}
-        loss, rate, margin = (found.get(name) for name in ("loss", "learning_rate", "rewards/margins"))
-        if loss is None or margin is None or list(args.loss_type) != ["sigmoid"]:
+        if self._learns or "loss" not in found or "rewards/margins" not in found:
             return
-        if not rate or abs(loss - math.log(2)) > STUCK_LOSS or abs(margin) > STUCK_MARGIN:
+        rate, margin = found.get("learning_rate"), abs(found["rewards/margins"])
+        if not rate or not margin <= self._explained_by_rounding(args, found):
             self._stuck_since = None
             return
-        self._stuck_since = state.global_step if self._stuck_since is None else self._stuck_since
-        if state.global_step - self._stuck_since >= STUCK_STEPS:
-            raise RunStopped(
-                f"the loss has been ln 2 = 0.6931 from step {self._stuck_since} to {state.global_step}\n"
-                f"    why: policy and reference give equal log-probabilities, so the policy does not change: no "
-                f"parameter is trained, or a learning rate of {rate:.1e} is lost in the weights' dtype\n"
-                f"    fix: check that the trained parameters require gradients, raise the learning rate, or keep "
-                f"trained weights in float32"
-            )
+        if self._stuck_since is None:
+            self._stuck_since, self._largest = state.global_step, 0.0
+        self._largest = max(self._largest, margin)
+        if state.global_step - self._stuck_since < STUCK_STEPS:
+            return
+        if not self._unchanged(model):
+            self._learns = True
+            return
+        raise self._stuck(state.global_step, rate)
+
+    def _explained_by_rounding(self, args: Any, found: dict[str, Any]) -> float:
+        if not self._low_precision:
+            return STUCK_MARGIN
+        size = sum(abs(found.get(name, 0.0)) for name in ("logps/chosen", "logps/rejected"))
+        return float(args.beta * LOW_PRECISION_AGREEMENT * size)
+
+    def _unchanged(self, model: Any) -> bool:
+        same = not self._low_precision if self._at_first is None else _sample_of_trained(model) == self._at_first
+        return all(Processes().gather(same))  # each may hold other parameters
+
+    def _stuck(self, step: int, rate: float) -> RunStopped:
+        margins = "within rounding" if self._low_precision else "0"
+        seen = self._at_first is not None
+        parameters = ", and no sampled element of a trained parameter has changed since training began" if seen else ""
+        return RunStopped(
+            f"the reward margins have been {margins} (at most {self._largest:.0e}) from step {self._stuck_since} to "
+            f"{step}{parameters}\n"
+            f"    why: policy and reference are still the same, so nothing is learned: no parameter is trained, or a "
+            f"learning rate of {rate:.1e} is lost in the weights' dtype\n"
+            f"    fix: check that the trained parameters require gradients, raise the learning rate, or keep trained "
+            f"weights in float32"
+        )
+
+
+def _sample_of_trained(model: nn.Module) -> str | None:
+    """Returns a digest of some elements of every trained parameter, or ``None`` if any is not in this process."""
+    total = xxhash.xxh3_128()
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            continue
+        if is_elsewhere(parameter):
+            return None
+        flat = parameter.detach().flatten()
+        stride = flat.numel() // SAMPLED | 1  # odd, so that it does not follow one column of a matrix
+        total.update(flat[::stride].cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
-import os
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +13,8 @@ from torch import Tensor, nn
 from transformers import set_seed
 from trl import DPOTrainer  # type: ignore[attr-defined]
 
-from axolotl_dpo_ext.reference.checks import AUTOCAST, StuckLossCallback, compare_online
+from axolotl_dpo_ext.messages import show_information
+from axolotl_dpo_ext.reference.checks import AUTOCAST, StuckPolicyCallback, compare_online, is_low_precision
 from axolotl_dpo_ext.reference.copies import frozen_copy
 from axolotl_dpo_ext.reference.identity import Checkpoint, is_elsewhere, is_fresh_adapter, trains_base_weights
 from axolotl_dpo_ext.reference.losses import check_loss
@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 LOG = logging.getLogger(__name__)
+
+# Where TRL's batches carry the reference's log-probabilities.
+COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
 
 
 class ReferenceMixin:
@@ -68,6 +71,8 @@ class ReferenceMixin:
                 "no `args` were given\n    why: the reference strategies set a part of them\n"
                 "    fix: pass `args=DPOConfig(output_dir=…)`"
             )
+        if Processes().rank == 0:
+            show_information()
         self.reference_settings = _settings(reference)
         self._checkpoint = _checkpoint(model, args) if isinstance(model, str) else checkpoint
         self._given_reference = ref_model
@@ -77,12 +82,14 @@ class ReferenceMixin:
             self.reference_settings = self.reference_settings.model_copy(update={"strategy": "gpu"})
         self._strategy = _choose(self.reference_settings, model, args, peft_config)
         self.reference_is_initial_policy = ref_model is None and self._strategy.is_initial_policy
-        _check_same_choice(self._strategy)
         self._reference: Reference | None = None
+        # Whether a dataset has no log-probabilities of its own, so that the reference delivers them batch by batch.
+        self._asked_for_batches = False
         # Whether a PEFT model's adapter is part of the reference; decided on the policy before its first step.
         self.adapter_is_reference: bool | None = None
         # For each dataset: its pairs, how many answers had to be computed, and in how many seconds.
         self.reference_record: dict[str, dict[str, float]] = {}
+        self._extended: set[str] = set()  # fingerprints of the datasets that were given their columns here
         self._agreed = not self._strategy.hands_over
         self._made = False
         if self._strategy.hands_over:
@@ -104,32 +111,50 @@ class ReferenceMixin:
         self._made = True
         self._given_reference = None
         trainer: Any = self
-        if self.reference_record:
-            self._reference = None  # it holds the policy, which training is about to change
-        elif self._reference is not None:
+        if not self._asked_for_batches:
+            self._reference = None  # it may hold the policy, which training is about to change
+        else:
             trainer.precompute_ref_logps = False  # `compute_loss` says when a batch has its values
         if self._strategy.name == "adapter":
             _check_adapter(trainer, self.reference_settings)
         if self._strategy.hands_over:
-            trainer.add_callback(StuckLossCallback())
+            trainer.add_callback(StuckPolicyCallback(is_low_precision(trainer, trainer.model)))
         # Whatever a strategy loaded or computed: training draws the same random numbers (trl#7083).
         set_seed(args.seed)
+
+    def _prepare_dataset(
+        self, dataset: Any, processing_class: Any, args: Any, dataset_name: str, *more: Any, **named: Any
+    ) -> Any:
+        """Sees every dataset before TRL does: one that is finished stays so, and foreign columns are dropped."""
+        if self._strategy.hands_over:
+            if self._is_extended(dataset):
+                return dataset
+            dataset = _without_foreign_columns(dataset, dataset_name)
+        parent: Any = super()
+        return parent._prepare_dataset(dataset, processing_class, args, dataset_name, *more, **named)
+
+    def _is_extended(self, dataset: Any) -> bool:
+        return getattr(dataset, "_fingerprint", None) in self._extended
 
     def _precompute_ref_logps(self, dataset: Dataset, name: str, *more: Any, **named: Any) -> Dataset:
         """Takes the place of TRL's own precomputation, of the training set and of every evaluation set."""
         if not self._strategy.hands_over:
             parent: Any = super()
             return parent._precompute_ref_logps(dataset, name, *more, **named)
-        if "ref_chosen_logps" in (getattr(dataset, "column_names", None) or ()):
-            return dataset  # it went through here before
+        if self._is_extended(dataset):
+            return dataset
         reference = self._reference or self._strategy.reference(self._policy())
         assert reference is not None, f"{self._strategy.name} hands over, so it must return a reference"
-        self._reference = reference if not self._made else self._reference
         found = reference.for_dataset(dataset, name)
+        if found is None or not self._made:
+            self._reference = reference
         if found is None:
+            self._asked_for_batches = True
             return dataset
         self.reference_record[name] = {"pairs": len(dataset), "computed": found.computed, "seconds": found.seconds}
-        return dataset.add_column("ref_chosen_logps", found.chosen).add_column("ref_rejected_logps", found.rejected)
+        extended = dataset.add_column(COLUMNS[0], found.chosen).add_column(COLUMNS[1], found.rejected)
+        self._extended.add(extended._fingerprint)
+        return extended
 
     def _policy(self) -> Policy:
         trainer: Any = self
@@ -188,7 +213,7 @@ class ReferenceMixin:
         if not isinstance(inputs, Mapping) or "ref_chosen_logps" not in inputs:
             return parent._prepare_inputs(inputs)
         trainer: Any = self
-        kept = {name: inputs[name] for name in ("ref_chosen_logps", "ref_rejected_logps")}
+        kept = {name: inputs[name] for name in COLUMNS}
         prepared = parent._prepare_inputs({name: value for name, value in inputs.items() if name not in kept})
         return {**prepared, **{name: value.to(trainer.args.device) for name, value in kept.items()}}
 
@@ -227,16 +252,6 @@ def _settings(reference: str | Mapping[str, Any] | ReferenceSettings) -> Referen
     return settings
 
 
-def _check_same_choice(strategy: ReferenceStrategy) -> None:
-    names = Processes().gather(strategy.name)
-    if len(set(names)) > 1:
-        raise RunStopped(
-            f"the processes chose different reference strategies: {', '.join(names)}\n"
-            f"    why: `auto` saw different stores or devices, and the processes would wait for each other for ever\n"
-            f"    fix: name one in `reference:`"
-        )
-
-
 # What a model may be loaded with and still have its files' weights under its name.
 _HARMLESS = {"dtype", "torch_dtype", "attn_implementation", "revision", "device_map", "trust_remote_code", "use_cache"}
 
@@ -246,16 +261,49 @@ def _checkpoint(name: str, args: Any) -> Checkpoint | None:
     return Checkpoint(name, options.get("revision")) if set(options) <= _HARMLESS else None
 
 
+def _without_foreign_columns(dataset: Any, name: str) -> Any:
+    """Drops log-probabilities that a dataset came with: nobody knows of which model and which tokens they are."""
+    # A streamed dataset may not know its columns before it is read.
+    names = dataset.column_names or next(iter(dataset), ())
+    foreign = [column for column in COLUMNS if column in names]
+    if not foreign:
+        return dataset
+    if Processes().rank == 0:
+        LOG.warning(
+            "the %s pairs came with %s, which this trainer did not compute: dropped\n"
+            "    why: nothing says which model and which tokens the values belong to; the strategy delivers its own\n"
+            "    fix: remove the columns, or hand values of your own over with a strategy of your own",
+            name, " and ".join(foreign),
+        )  # fmt: skip
+    return dataset.remove_columns(foreign)
+
+
 def _choose(settings: ReferenceSettings, model: Any, args: Any, peft_config: Any) -> ReferenceStrategy:
     from axolotl_dpo_ext.plugins import extensions
     from axolotl_dpo_ext.reference.script_keys import keys_of_script
-    from axolotl_dpo_ext.reference.selector import choose_strategy
+    from axolotl_dpo_ext.reference.selector import AUTO, choose_strategy
 
     keys = {**keys_of_script(model, args, peft_config), "dpo_ext": {"reference": settings.model_dump()}}
-    strategy, decision = choose_strategy(settings.strategy, keys, extensions().reference_strategies)
-    if settings.strategy == "auto" and int(os.environ.get("RANK", "0")) == 0:
-        LOG.info("reference = %s (%s)", decision.choice, decision.reason)
+    strategies = extensions().reference_strategies
+    strategy, decision = choose_strategy(settings.strategy, keys, strategies)
+    processes = Processes()
+    names = processes.gather(strategy.name)
+    if settings.strategy == AUTO:
+        if processes.rank == 0:
+            LOG.info("reference = %s (%s)", decision.choice, decision.reason)
+        return strategies[names[0]]  # the others may have looked at a store or a device a moment later
+    _check_same_choice(names)
     return strategy
+
+
+def _check_same_choice(names: list[str]) -> None:
+    """Checks names that the processes were given: Axolotl's settle on one before they can talk to each other."""
+    if len(set(names)) > 1:
+        raise RunStopped(
+            f"the processes chose different reference strategies: {', '.join(names)}\n"
+            f"    why: `auto` saw different stores or devices, and the processes would wait for each other for ever\n"
+            f"    fix: name one in `reference:`"
+        )
 
 
 def _second_copy(model: Any, args: Any, peft_config: Any, quantization_config: Any) -> Any:

@@ -14,6 +14,7 @@ from axolotl_dpo_ext.vocabulary import RunStopped
 
 # Methods that are overridden or called, with parameters that must be there. TRL 1.9, 1.14 and 1.16 have them all.
 _METHODS = {
+    "_prepare_dataset": ("dataset", "processing_class", "args", "dataset_name"),
     "_precompute_ref_logps": ("dataset", "name"),
     "compute_ref_log_probs": ("model", "inputs"),
     "get_batch_samples": ("epoch_iterator", "num_batches", "device"),

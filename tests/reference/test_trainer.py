@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
@@ -17,10 +18,19 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from trl import DPOTrainer
 
-from axolotl_dpo_ext.reference import Checkpoint, Reference, ReferenceDPOTrainer, ReferenceMixin, ReferenceStrategy
+from axolotl_dpo_ext.reference import (
+    Checkpoint,
+    PairLogProbs,
+    Reference,
+    ReferenceDPOTrainer,
+    ReferenceMixin,
+    ReferenceStrategy,
+)
 from axolotl_dpo_ext.reference.identity import reference_identity
 from axolotl_dpo_ext.reference.losses import SERVED
+from axolotl_dpo_ext.reference.processes import Processes
 from axolotl_dpo_ext.reference.rows import LogProbDefinition
+from axolotl_dpo_ext.settings import ReferenceSettings
 from axolotl_dpo_ext.vocabulary import ConfigurationError, RunStopped
 from tests.reference.conftest import make_pairs, reuses
 
@@ -339,20 +349,6 @@ def test_a_collator_that_drops_the_values_is_named(model_dir: Path, arguments: A
         trainer.train()
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")
-def test_a_loss_that_stays_at_ln_2_stops_the_run(model_dir: Path, arguments: Arguments, store: Path):
-    class Frozen(ReferenceDPOTrainer):
-        def create_optimizer(self, *args: Any) -> Any:
-            optimizer = super().create_optimizer(*args)
-            optimizer.step = lambda *a, **k: None  # a policy that never changes
-            return optimizer
-
-    trainer = Frozen(str(model_dir), **arguments(max_steps=40), reference="precomputed")
-    with pytest.raises(RunStopped, match="the loss has been ln 2"):
-        trainer.train()
-    assert trainer.state.global_step < 40
-
-
 def test_the_mixin_goes_before_a_trainer_of_ones_own(model_dir: Path, arguments: Arguments, store: Path):
     class Mine(DPOTrainer):
         def compute_loss(
@@ -394,28 +390,160 @@ def test_one_sweep_for_all_micro_batches_of_a_step(
     assert handed == [2, 2, 2]
 
 
-def test_a_third_partys_strategy_hands_over_its_own(
-    model_dir: Path, arguments: Arguments, monkeypatch: pytest.MonkeyPatch
-):
+@pytest.fixture
+def third_party(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Returns a function that registers a strategy called ``third``, whose reference is the one given."""
     from axolotl_dpo_ext import plugins
 
-    class Constant(Reference):
-        def for_batches(self, batches: Any) -> Any:
-            return [(torch.full((len(b["input_ids"]) // 2,), -7.0),) * 2 for b in batches]
+    def register(reference: Reference, initial_policy: bool = False) -> None:
+        class Third(ReferenceStrategy):
+            name, summary, hands_over, is_initial_policy = "third", "a third party's", True, initial_policy
 
-    class Third(ReferenceStrategy):
-        name, summary, hands_over, is_initial_policy = "third", "a constant", True, False
+            def problems(self, config: Any) -> list[Any]:
+                return []
 
-        def problems(self, config: Any) -> list[Any]:
-            return []
+            def reference(self, policy: Any) -> Reference:
+                return reference
 
-        def reference(self, policy: Any) -> Reference:
-            return Constant()
+        monkeypatch.setitem(plugins.extensions().reference_strategies, "third", Third())
 
-    known = plugins.extensions()
-    monkeypatch.setitem(known.reference_strategies, "third", Third())
+    return register
+
+
+class Constant(Reference):
+    def __init__(self, value: float = -7.0) -> None:
+        self.value = value
+
+    def for_batches(self, batches: Any) -> Any:
+        return [(torch.full((len(b["input_ids"]) // 2,), self.value),) * 2 for b in batches]
+
+
+def test_a_third_partys_strategy_hands_over_its_own(model_dir: Path, arguments: Arguments, third_party: Any):
+    third_party(Constant())
     trainer = ReferenceDPOTrainer(str(model_dir), **arguments(), reference="third")
     assert len(trajectory(trainer)) == 6
+
+
+class KnowsTrainingPairs(Constant):
+    def for_dataset(self, dataset: Dataset, name: str) -> PairLogProbs | None:
+        values = np.full(len(dataset), self.value, np.float32)
+        return PairLogProbs(values, values, computed=len(dataset), seconds=0.0) if name == "train" else None
+
+
+def test_a_third_partys_reference_may_know_one_dataset_and_be_asked_for_the_batches_of_another(
+    model_dir: Path, arguments: Arguments, third_party: Any
+):
+    def train(reference: Reference) -> list[float]:
+        third_party(reference)
+        given = arguments(eval_strategy="steps", eval_steps=1) | {"eval_dataset": make_pairs(4, first=50)}
+        return trajectory(ReferenceDPOTrainer(str(model_dir), **given, reference="third"))
+
+    assert train(KnowsTrainingPairs()) == pytest.approx(train(Constant()), rel=1e-5)
+
+
+def test_a_third_partys_reference_is_asked_for_the_batches_of_an_evaluation_set_that_comes_later(
+    model_dir: Path, arguments: Arguments, third_party: Any
+):
+    losses = []
+    for reference in (KnowsTrainingPairs(), Constant()):
+        third_party(reference, initial_policy=True)
+        trainer = ReferenceDPOTrainer(str(model_dir), **arguments(), reference="third")
+        losses.append(trainer.evaluate(make_pairs(4, first=50))["eval_loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def with_stale_columns(dataset: Dataset) -> Dataset:
+    return dataset.add_column("ref_chosen_logps", [-1.0] * len(dataset)).add_column(
+        "ref_rejected_logps", [-500.0] * len(dataset)
+    )
+
+
+@pytest.mark.parametrize("strategy", ["precomputed", "cpu_offload", "third"])
+def test_columns_that_a_dataset_came_with_are_dropped_with_a_warning(
+    strategy: str,
+    model_dir: Path,
+    arguments: Arguments,
+    store: Path,
+    third_party: Any,
+    caplog: pytest.LogCaptureFixture,
+):
+    third_party(Constant())
+
+    def losses(change: Callable[[Dataset], Dataset]) -> list[float]:
+        caplog.clear()
+        given = arguments(eval_strategy="steps", eval_steps=1)
+        given["train_dataset"] = change(given["train_dataset"])
+        sets = {"first": change(make_pairs(4, first=50)), "second": make_pairs(4, first=80)}
+        # A reference of one's own: the values of the first batch can't be compared with the policy's.
+        own = None if strategy == "third" else changed_in_memory(model_dir)
+        trainer = ReferenceDPOTrainer(str(model_dir), own, **given, eval_dataset=sets, reference=strategy)
+        trainer.train()
+        kept = ("loss", "eval_first_loss", "eval_second_loss")
+        return [entry[name] for entry in trainer.state.log_history for name in kept if name in entry]
+
+    def warnings() -> list[str]:
+        return [record.getMessage() for record in caplog.records if "came with" in record.getMessage()]
+
+    plain = losses(lambda dataset: dataset)
+    assert (len(plain), warnings()) == (9, [])
+    assert losses(with_stale_columns) == pytest.approx(plain, rel=1e-5)
+    assert [text.partition(" came with")[0] for text in warnings()] == ["the train pairs", "the first pairs"]
+    assert all("ref_chosen_logps and ref_rejected_logps" in text for text in warnings())
+    assert all("fix: remove the columns" in text for text in warnings())
+
+
+@pytest.mark.parametrize("strategy", ["precomputed", "cpu_offload"])
+def test_columns_of_an_evaluation_set_that_comes_later_are_dropped_too(
+    strategy: str, model_dir: Path, arguments: Arguments, store: Path
+):
+    trainer = ReferenceDPOTrainer(str(model_dir), **arguments(), reference=strategy)
+    assert trainer.evaluate(with_stale_columns(make_pairs(4, first=50)))["eval_loss"] == pytest.approx(math.log(2))
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_columns_of_a_streamed_dataset_are_dropped_too(known: bool, model_dir: Path, arguments: Arguments):
+    def first_loss(change: Callable[[Dataset], Dataset]) -> float:
+        streamed = change(make_pairs(12)).to_iterable_dataset()
+        streamed = streamed if known else streamed.map(lambda row: row)  # its columns are not known from here on
+        given = arguments() | {"train_dataset": streamed}
+        own = changed_in_memory(model_dir)
+        return trajectory(ReferenceDPOTrainer(str(model_dir), own, **given, reference="cpu_offload"))[0]
+
+    assert first_loss(with_stale_columns) == pytest.approx(first_loss(lambda dataset: dataset), rel=1e-5)
+
+
+class AnotherProcess(Processes):
+    """The second of two processes, the first of which says ``gpu``."""
+
+    def __init__(self) -> None:
+        self.rank, self.count = 1, 2
+
+    def gather(self, value: Any) -> list[Any]:
+        return ["gpu", value]
+
+
+def test_every_process_takes_the_first_ones_automatic_choice(
+    model_dir: Path, arguments: Arguments, monkeypatch: pytest.MonkeyPatch
+):
+    from axolotl_dpo_ext.reference import trainer
+
+    monkeypatch.setattr(trainer, "Processes", AnotherProcess)
+    given = arguments()["args"]
+    # Alone it chooses the adapter; the first process may have seen another store or device.
+    strategy = trainer._choose(ReferenceSettings(strategy="auto"), str(model_dir), given, LoraConfig(**LORA))
+    assert strategy.name == "gpu"
+    with pytest.raises(RunStopped, match="different reference strategies: gpu, precomputed"):
+        trainer._choose(ReferenceSettings(strategy="precomputed"), str(model_dir), given, None)
+
+
+def test_values_that_are_not_finite_stop_the_run_before_the_first_step(
+    model_dir: Path, arguments: Arguments, third_party: Any
+):
+    third_party(Constant(-math.inf))
+    trainer = ReferenceDPOTrainer(str(model_dir), **arguments(), reference="third")
+    # Nothing is stored by most strategies, and a store takes no such values: there is nothing to remove.
+    with pytest.raises(RunStopped, match=r"not finite\n +why: .*\n +fix: compute them in bfloat16 or float32"):
+        trainer.train()
 
 
 def test_a_new_evaluation_set_after_training(model_dir: Path, arguments: Arguments, store: Path):
