@@ -25,6 +25,7 @@ LOW_PRECISION_AGREEMENT = 0.05
 LOW_PRECISION_BIAS = 0.02  # nats a token, over the whole batch: rounding goes both ways
 # A policy that learns leaves its reference within a few steps; at the lowest learning rates a few more.
 STUCK_STEPS = 20
+STUCK_STEPS_WHERE_WEIGHTS_CHANGE = 10 * STUCK_STEPS
 # Elements of each parameter that are looked at. In bfloat16 a low learning rate changes one in a thousand in a step.
 SAMPLED = 4096
 STUCK_MARGIN = 1e-5  # rounding of stored and computed log-probabilities, times a beta of up to 1
@@ -63,19 +64,23 @@ def compare_online(trainer: Any, model: Any, inputs: dict[str, Any]) -> None:
     online = _online(trainer, model, inputs)
     low = is_low_precision(trainer, model)
     allowed = LOW_PRECISION_AGREEMENT if low else AGREEMENT
-    difference = ((stored - online).abs() / online.abs().clamp(min=1.0)).max().item()
+    apart = ((stored - online).abs() / online.abs().clamp(min=1.0)).flatten()
+    worst = int(apart.argmax())
+    difference = apart[worst].item()
     tokens = inputs["completion_mask"][:, 1:].sum(1).reshape(2, -1).clamp(min=1)
     bias = ((stored - online) / tokens).mean().abs().item()
     if not difference <= allowed or (low and not bias <= LOW_PRECISION_BIAS):
         raise RunStopped(
-            f"the reference log-probabilities handed over are not the model's: the first batch differs by "
-            f"{difference:.1e} (allowed {allowed:.0e}), for example {stored.flatten()[0]:.4f} instead of "
-            f"{online.flatten()[0]:.4f}\n"
+            f"the reference log-probabilities handed over are not the model's: {stored.flatten()[worst]:.4f} instead "
+            f"of {online.flatten()[worst]:.4f} for an answer of the first batch, a relative difference of "
+            f"{difference:.1e} (allowed {allowed:.0e}; by {bias:.1e} nats a token in the mean)\n"
             f"    why: the weights were changed after they were loaded, or a collator or wrapper feeds the model other "
             f"tokens than those that were stored\n"
             f"    fix: pass the model as it is (no `checkpoint=` for a changed one), or use `reference: gpu`"
         )
-    LOG.info("reference: the first batch recomputed with the model agrees (largest difference %.1e)", difference)
+    LOG.info(
+        "reference: the first batch recomputed with the model agrees (largest relative difference %.1e)", difference
+    )
 
 
 def _not_comparable(trainer: Any) -> str:
@@ -116,8 +121,9 @@ class StuckPolicyCallback(TrainerCallback):
 
     Two things say so, whatever the loss: the reward margins stay at 0, in low precision within what rounding explains,
     and no sampled element of any trained parameter has changed since training began. A run that learns slowly, as in
-    a warm-up, can have such margins but not such parameters. Where parameters are not in this process (ZeRO-3),
-    margins of 0 are enough in full precision, and nothing is said in low precision.
+    a warm-up, can have such margins but not such parameters. Margins of exactly 0 for ten times as long say it alone.
+    Where parameters are not in this process (ZeRO-3), margins of 0 are enough in full precision, and nothing is said
+    in low precision.
 
     Args:
         low_precision: Whether the policy computes in 16 bits or fewer.
@@ -158,12 +164,14 @@ class StuckPolicyCallback(TrainerCallback):
         if self._stuck_since is None:
             self._stuck_since, self._largest = state.global_step, 0.0
         self._largest = max(self._largest, margin)
-        if state.global_step - self._stuck_since < STUCK_STEPS:
+        steps = state.global_step - self._stuck_since
+        if steps < STUCK_STEPS:
             return
-        if not self._unchanged(model):
+        unchanged = self._unchanged(model)
+        if not unchanged and self._low_precision:
             self._learns = True
-            return
-        raise self._stuck(state.global_step, rate)
+        elif unchanged or (self._largest == 0 and steps >= STUCK_STEPS_WHERE_WEIGHTS_CHANGE):
+            raise self._stuck(state.global_step, rate, unchanged)
 
     def _explained_by_rounding(self, args: Any, found: dict[str, Any]) -> float:
         if not self._low_precision:
@@ -175,7 +183,15 @@ class StuckPolicyCallback(TrainerCallback):
         same = not self._low_precision if self._at_first is None else _sample_of_trained(model) == self._at_first
         return all(Processes().gather(same))  # each may hold other parameters
 
-    def _stuck(self, step: int, rate: float) -> RunStopped:
+    def _stuck(self, step: int, rate: float, unchanged: bool) -> RunStopped:
+        if not unchanged:
+            return RunStopped(
+                f"the reward margins have been exactly 0 from step {self._stuck_since} to {step}, though parameters "
+                f"change\n"
+                f"    why: nothing tells the answers of a pair apart: they are the same to the model, or the reference "
+                f"moves with the policy\n"
+                f"    fix: look at the pairs (`dpo_ext: {{quality: true}}` finds identical ones)"
+            )
         margins = "within rounding" if self._low_precision else "0"
         seen = self._at_first is not None
         parameters = ", and no sampled element of a trained parameter has changed since training began" if seen else ""

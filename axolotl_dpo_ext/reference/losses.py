@@ -32,6 +32,12 @@ def check_loss(strategy: str, args: Any) -> None:
             f"    why: it is not known to use the reference through each answer's summed log-probability only\n"
             f"    fix: use `reference: gpu`, or one of {', '.join(sorted(SERVED))}"
         )
+    if getattr(args, "use_liger_kernel", False):
+        raise RunStopped(
+            f"`reference: {strategy}` with use_liger_kernel\n"
+            f"    why: Liger's loss computes the reference inside, and takes no log-probabilities from outside\n"
+            f"    fix: set use_liger_kernel=False, or use `reference: gpu`, or `adapter` with a LoRA"
+        )
     if getattr(args, "sync_ref_model", False):
         raise RunStopped(
             f"`reference: {strategy}` with sync_ref_model\n"

@@ -7,26 +7,28 @@ from collections.abc import Mapping
 from typing import Any
 
 from axolotl_dpo_ext.reference.checkpoint_size import QUANTIZED_BYTES
-from axolotl_dpo_ext.reference.run_keys import ADAPTER_COPY, FRESH_ADAPTER, WEIGHTS_DTYPE
+from axolotl_dpo_ext.reference.run_keys import ADAPTER_COPY, FRESH_ADAPTER, KNOWN_WEIGHTS, WEIGHTS_DTYPE
 
 
-def keys_of_script(model: Any, args: Any, peft_config: Any) -> dict[str, Any]:
+def keys_of_script(given: Mapping[str, Any], known_weights: bool) -> dict[str, Any]:
     """Says what a TRL script does in Axolotl's keys, so that one rule decides for both.
 
-    Three private keys say what Axolotl has no key for: whether an adapter in memory is fresh, whether TRL will keep a
-    frozen copy of it, and the dtype of the weights.
+    Four private keys say what Axolotl has no key for: whether an adapter in memory is fresh, whether TRL will keep a
+    frozen copy of it, the dtype of the weights, and whether files are known that hold them.
 
     Args:
-        model: What is given to ``DPOTrainer``: a name, a model, or a PEFT model.
-        args: TRL's ``DPOConfig``.
-        peft_config: What is given as ``peft_config``, or ``None``.
+        given: The arguments of ``DPOTrainer`` by name; ``model`` and ``args`` are there.
+        known_weights: Whether the weights are those of a checkpoint's files, unchanged.
     """
+    model, args, peft_config = given["model"], given["args"], given.get("peft_config")
     init = dict(getattr(args, "model_init_kwargs", None) or {})
     return {
         "rl": "dpo",
         "base_model": model if isinstance(model, str) else getattr(model.config, "_name_or_path", "") or None,
         "revision_of_model": init.get("revision"),
         WEIGHTS_DTYPE: _script_dtype(model, init),
+        KNOWN_WEIGHTS: known_weights,
+        "streaming": any(_is_streamed(given.get(name)) for name in ("train_dataset", "eval_dataset")),
         **_quantization_keys(model, init),
         **_adapter_keys(model, peft_config),
         "bf16": args.bf16,
@@ -39,10 +41,16 @@ def keys_of_script(model: Any, args: Any, peft_config: Any) -> dict[str, Any]:
         "optimizer": getattr(args.optim, "value", args.optim),
         "gradient_checkpointing": args.gradient_checkpointing,
         "dpo_loss_type": args.loss_type,
+        "ld_alpha": args.ld_alpha,
         "dpo_use_liger_kernel": bool(getattr(args, "use_liger_kernel", False)),
         "trl": {"sync_ref_model": bool(getattr(args, "sync_ref_model", False))},
         **_sharding_keys(args),
     }
+
+
+def _is_streamed(datasets: Any) -> bool:
+    sets = datasets.values() if isinstance(datasets, Mapping) and not hasattr(datasets, "column_names") else [datasets]
+    return any(dataset is not None and not hasattr(dataset, "__len__") for dataset in sets)
 
 
 def _script_dtype(model: Any, init: Mapping[str, Any]) -> str:

@@ -95,7 +95,10 @@ def _by_memory(situation: Situation, figures: Mapping[str, Estimate], obstacles:
 def _reuse(situation: Situation) -> str:
     """Returns why values would be used more than once, ``""`` where they would not or cannot be computed here."""
     if situation.stored_rows:
-        return f"the store holds the log-probabilities of {situation.stored_rows:,} answers under these weights"
+        return (
+            f"the store holds log-probabilities of {situation.stored_rows:,} answers under these weights, and those of "
+            f"this run among them need no computing"
+        )
     if situation.epochs > 1 and situation.sharding.whole_at_start:
         return f"each log-probability is used in {situation.epochs:g} epochs, and computed once"
     return ""

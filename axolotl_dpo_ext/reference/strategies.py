@@ -137,7 +137,7 @@ class AdapterStrategy(ReferenceStrategy):
     """The policy itself with its adapter disabled: no second model in memory."""
 
     name = "adapter"
-    summary = "the policy with its LoRA adapter disabled, which is base_model as loaded"
+    summary = "the policy with its LoRA disabled (base_model as loaded), or a frozen copy of a continued adapter"
 
     def problems(self, config: Mapping[str, Any]) -> list[Problem]:
         """Says why a disabled adapter cannot serve a run; see the base class."""
@@ -188,7 +188,7 @@ class CpuOffloadStrategy(ReferenceStrategy):
     """A frozen copy in host memory: streamed layer by layer to an accelerator, or computed on the CPU."""
 
     name = "cpu_offload"
-    summary = "a frozen copy in host memory, streamed to the accelerator one layer at a time"
+    summary = "a frozen copy in host memory: streamed layer by layer to an accelerator, computed there without one"
     hands_over = True
 
     def problems(self, config: Mapping[str, Any]) -> list[Problem]:

@@ -21,8 +21,9 @@ from axolotl_dpo_ext.reference.losses import check_loss
 from axolotl_dpo_ext.reference.processes import Processes
 from axolotl_dpo_ext.reference.randomness import random_state_kept
 from axolotl_dpo_ext.reference.rows import LogProbDefinition
+from axolotl_dpo_ext.reference.script_arguments import check_arguments
 from axolotl_dpo_ext.reference.strategies import Policy, Reference, ReferenceStrategy
-from axolotl_dpo_ext.reference.trl_access import check_trl, load_as_trl, weights_not_hashed
+from axolotl_dpo_ext.reference.trl_access import arguments_by_name, check_trl, load_as_trl, weights_not_hashed
 from axolotl_dpo_ext.settings import ReferenceSettings, parse_settings
 from axolotl_dpo_ext.vocabulary import RunStopped
 
@@ -41,11 +42,9 @@ class ReferenceMixin:
     Put it before the trainer class: ``class MyTrainer(ReferenceMixin, MyDPOTrainer)``.
 
     Args:
-        model: As for ``DPOTrainer``: a name, a model, or a PEFT model.
-        ref_model: A reference model of one's own. ``gpu`` uses it as TRL does; ``precomputed`` and ``cpu_offload``
-            take it instead of the policy before its first step.
-        args: TRL's ``DPOConfig``.
-        *positional: Further positional arguments of the trainer class.
+        *positional: Arguments of the trainer class, in its own order: ``model``, ``args`` … A ``ref_model`` of one's
+            own is used by ``gpu`` as TRL does; ``precomputed`` and ``cpu_offload`` take it instead of the policy
+            before its first step.
         reference: A strategy's name, or what stands under ``dpo_ext.reference`` in a YAML.
         checkpoint: Where a model that is given as an object was loaded from, if it is unchanged since: its files then
             identify the weights, and they need not be hashed in memory.
@@ -57,30 +56,24 @@ class ReferenceMixin:
 
     def __init__(
         self,
-        model: Any,
-        ref_model: Any = None,
-        args: Any = None,
         *positional: Any,
         reference: str | Mapping[str, Any] | ReferenceSettings = "auto",
         checkpoint: Checkpoint | None = None,
         **named: Any,
     ) -> None:
         check_trl(type(self), ReferenceMixin)
-        if args is None:
-            raise RunStopped(
-                "no `args` were given\n    why: the reference strategies set a part of them\n"
-                "    fix: pass `args=DPOConfig(output_dir=…)`"
-            )
+        given = arguments_by_name(type(self), ReferenceMixin, positional, named)
+        check_arguments(given, reference, checkpoint)
         if Processes().rank == 0:
             show_information()
+        model, ref_model, args = given["model"], given.get("ref_model"), given["args"]
         self.reference_settings = _settings(reference)
         self._checkpoint = _checkpoint(model, args) if isinstance(model, str) else checkpoint
         self._given_reference = ref_model
-        peft_config = named.get("peft_config")
         if ref_model is not None and self.reference_settings.strategy == "auto":
             LOG.info("reference = gpu (a reference model was given)")
             self.reference_settings = self.reference_settings.model_copy(update={"strategy": "gpu"})
-        self._strategy = _choose(self.reference_settings, model, args, peft_config)
+        self._strategy = _choose(self.reference_settings, given, self._checkpoint)
         self.reference_is_initial_policy = ref_model is None and self._strategy.is_initial_policy
         self._reference: Reference | None = None
         # Whether a dataset has no log-probabilities of its own, so that the reference delivers them batch by batch.
@@ -94,11 +87,12 @@ class ReferenceMixin:
         self._made = False
         if self._strategy.hands_over:
             check_loss(self._strategy.name, args)
-            args = copy.copy(args)  # the caller's may serve another trainer
-            args.precompute_ref_log_probs = True
-            ref_model = None
+            given["args"] = copy.copy(args)  # the caller's may serve another trainer
+            given["args"].precompute_ref_log_probs = True
+            given.pop("ref_model", None)
         elif self._strategy.name == "gpu" and ref_model is None:
-            ref_model = _second_copy(model, args, peft_config, named.get("quantization_config"))
+            second = _second_copy(self.reference_settings, given)
+            given.update({} if second is None else {"ref_model": second})
         elif self._strategy.name == "adapter" and ref_model is not None:
             raise RunStopped(
                 f"`ref_model` was given with `reference: {self._strategy.name}`\n"
@@ -107,7 +101,7 @@ class ReferenceMixin:
             )
         with weights_not_hashed() if self._strategy.hands_over else contextlib.nullcontext():
             parent: Any = super()
-            parent.__init__(model, ref_model, args, *positional, **named)
+            parent.__init__(**given)
         self._made = True
         self._given_reference = None
         trainer: Any = self
@@ -117,10 +111,24 @@ class ReferenceMixin:
             trainer.precompute_ref_logps = False  # `compute_loss` says when a batch has its values
         if self._strategy.name == "adapter":
             _check_adapter(trainer, self.reference_settings)
+        elif self._strategy.hands_over and self.reference_settings.model == "base":
+            _drop_copied_adapter(trainer)
         if self._strategy.hands_over:
             trainer.add_callback(StuckPolicyCallback(is_low_precision(trainer, trainer.model)))
         # Whatever a strategy loaded or computed: training draws the same random numbers (trl#7083).
         set_seed(args.seed)
+
+    def __init_subclass__(cls, **named: Any) -> None:
+        """Checks that the mix-in stands before the trainer class: behind it, nothing here would be called."""
+        super().__init_subclass__(**named)
+        before = cls.__mro__[: cls.__mro__.index(ReferenceMixin)]
+        trainers = [one.__name__ for one in before if one.__name__ == "DPOTrainer"]
+        if trainers:
+            raise RunStopped(
+                f"{cls.__name__} names {trainers[0]} before ReferenceMixin\n"
+                f"    why: Python then asks the trainer first, and the reference strategy is never used\n"
+                f"    fix: write `class {cls.__name__}(ReferenceMixin, …)`"
+            )
 
     def _prepare_dataset(
         self, dataset: Any, processing_class: Any, args: Any, dataset_name: str, *more: Any, **named: Any
@@ -278,12 +286,12 @@ def _without_foreign_columns(dataset: Any, name: str) -> Any:
     return dataset.remove_columns(foreign)
 
 
-def _choose(settings: ReferenceSettings, model: Any, args: Any, peft_config: Any) -> ReferenceStrategy:
+def _choose(settings: ReferenceSettings, given: Mapping[str, Any], checkpoint: Checkpoint | None) -> ReferenceStrategy:
     from axolotl_dpo_ext.plugins import extensions
     from axolotl_dpo_ext.reference.script_keys import keys_of_script
     from axolotl_dpo_ext.reference.selector import AUTO, choose_strategy
 
-    keys = {**keys_of_script(model, args, peft_config), "dpo_ext": {"reference": settings.model_dump()}}
+    keys = {**keys_of_script(given, checkpoint is not None), "dpo_ext": {"reference": settings.model_dump()}}
     strategies = extensions().reference_strategies
     strategy, decision = choose_strategy(settings.strategy, keys, strategies)
     processes = Processes()
@@ -306,18 +314,20 @@ def _check_same_choice(names: list[str]) -> None:
         )
 
 
-def _second_copy(model: Any, args: Any, peft_config: Any, quantization_config: Any) -> Any:
+def _second_copy(settings: ReferenceSettings, given: Mapping[str, Any]) -> Any:
     """Returns the second copy that TRL does not make itself, or makes of something else than the policy."""
+    model = given["model"]
     if isinstance(model, str):
-        if peft_config is None:
+        if given.get("peft_config") is None:
             return None  # TRL loads it twice
         with random_state_kept():
-            return load_as_trl(model, args, quantization_config).requires_grad_(False).eval()
-    if hasattr(model, "peft_config") and not is_fresh_adapter(model):
+            return load_as_trl(model, given["args"], given.get("quantization_config")).requires_grad_(False).eval()
+    if hasattr(model, "peft_config") and settings.model != "base" and not is_fresh_adapter(model):
         raise RunStopped(
-            "`reference: gpu` with a PEFT model whose adapter is trained already\n"
+            "`reference: gpu` with a PEFT model whose adapter changes it already\n"
             "    why: a second copy of the base model is not the model that training starts from\n"
-            "    fix: use `reference: adapter`, which keeps a frozen copy of the adapter, or merge it first"
+            "    fix: use `reference: adapter`, which keeps a frozen copy of the adapter, or `precomputed`; or set "
+            "`reference.model: base` if the base model is what you want"
         )
     if any(is_elsewhere(parameter) for parameter in model.parameters()):
         return None  # TRL loads it by its name, sharded as the policy is
@@ -330,7 +340,7 @@ def _check_adapter(trainer: Any, settings: ReferenceSettings) -> None:
     model = trainer.accelerator.unwrap_model(trainer.model)
     has_copy = "ref" in model.peft_config
     if settings.model == "base" and has_copy:
-        model.delete_adapter("ref")
+        _drop_copied_adapter(trainer)
         LOG.info("reference: the base model, with every adapter disabled (reference.model: base)")
     elif has_copy and not is_fresh_adapter(model):
         LOG.info("reference: the base model with a frozen copy of the adapter as it is now")
@@ -343,3 +353,10 @@ def _check_adapter(trainer: Any, settings: ReferenceSettings) -> None:
         )
     else:
         LOG.info("reference: the base model, as the adapter is fresh")
+
+
+def _drop_copied_adapter(trainer: Any) -> None:
+    """Removes the frozen copy that TRL made of a continued adapter, where it is not part of the reference."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if "ref" in getattr(model, "peft_config", {}):
+        model.delete_adapter("ref")

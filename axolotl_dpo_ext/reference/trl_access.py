@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from typing import Any
 from unittest import mock
@@ -32,15 +32,22 @@ def check_trl(trainer_class: type, mixin: type) -> None:
         mixin: The mix-in; what it overrides must be there in the classes after it.
 
     Raises:
-        RunStopped: Naming what is gone, and the versions that have it.
+        RunStopped: Naming what is gone, and the versions that have it; or what a class of the user's leaves out.
     """
-    order = trainer_class.__mro__
-    theirs = [vars(cls) for cls in order[order.index(mixin) + 1 :]]
-    gone = [
-        f"{name}({', '.join(parameters)})"
-        for name, parameters in _METHODS.items()
-        if not _has(next((names[name] for names in theirs if name in names), None), parameters)
-    ]
+    after = _after(trainer_class, mixin)
+    if not any(cls.__name__ == "DPOTrainer" and _is_trls(cls) for cls in after):
+        raise RunStopped(
+            f"{trainer_class.__name__} is no DPOTrainer\n"
+            f"    why: the reference strategies serve TRL's DPO trainer and its subclasses\n"
+            f"    fix: write `class {trainer_class.__name__}({mixin.__name__}, YourDPOTrainer)`"
+        )
+    gone = []
+    for name, parameters in _METHODS.items():
+        having = [cls for cls in after if name in vars(cls)]
+        if not any(_is_trls(cls) and set(parameters) <= set(_parameters(cls, name)) for cls in having):
+            gone.append(f"{name}({', '.join(parameters)})")
+        for cls in having:
+            _check_override(cls, name, parameters)
     if gone:
         raise RunStopped(
             f"{trainer_class.__name__} of trl {version('trl')} lacks {', '.join(gone)}\n"
@@ -49,8 +56,58 @@ def check_trl(trainer_class: type, mixin: type) -> None:
         )
 
 
-def _has(method: Any, parameters: tuple[str, ...]) -> bool:
-    return callable(method) and set(parameters) <= set(inspect.signature(method).parameters)
+def _after(trainer_class: type, mixin: type) -> list[type]:
+    order = trainer_class.__mro__
+    return list(order[order.index(mixin) + 1 :])
+
+
+def _is_trls(cls: type) -> bool:
+    return cls.__module__.partition(".")[0] in ("trl", "transformers")
+
+
+def _parameters(cls: type, name: str) -> Mapping[str, inspect.Parameter]:
+    method = vars(cls)[name]
+    return inspect.signature(method).parameters if callable(method) else {}
+
+
+def _check_override(cls: type, name: str, parameters: tuple[str, ...]) -> None:
+    """Checks that a method of the user's own passes on what TRL's takes."""
+    taken = _parameters(cls, name)
+    passes_on = any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values())
+    lacking = [parameter for parameter in parameters if parameter not in taken]
+    if lacking and not passes_on and not _is_trls(cls):
+        raise RunStopped(
+            f"{cls.__name__}.{name} takes no {', '.join(lacking)}\n"
+            f"    why: TRL's has it, and the reference strategies pass it on\n"
+            f"    fix: add it to the method, or `**kwargs`, and pass it to `super().{name}`"
+        )
+
+
+def arguments_by_name(
+    trainer_class: type, mixin: type, positional: tuple[Any, ...], named: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Returns the arguments of a trainer by their names, whatever order the user's own ``__init__`` has.
+
+    Args:
+        trainer_class: A subclass of a mix-in and of TRL's ``DPOTrainer``.
+        mixin: The mix-in, whose ``__init__`` was called.
+        positional: Its positional arguments.
+        named: Its keyword arguments.
+
+    Raises:
+        TypeError: They do not fit the first ``__init__`` that names ``model`` and ``args``.
+    """
+    for cls in _after(trainer_class, mixin):
+        taken = _parameters(cls, "__init__") if "__init__" in vars(cls) else {}
+        if {"model", "args"} <= set(taken):
+            # Only those without a name: classes before this one may take named arguments that it does not know.
+            bound = inspect.signature(vars(cls)["__init__"]).bind_partial(None, *positional).arguments
+            by_name = dict(list(bound.items())[1:])
+            twice = [name for name in by_name if name in named]
+            if twice:
+                raise TypeError(f"{trainer_class.__name__} got {', '.join(twice)} by position and by name")
+            return {"args": None, **by_name, **named}
+    raise TypeError(f"no __init__ of {trainer_class.__name__} takes `model` and `args`")
 
 
 @contextlib.contextmanager

@@ -180,12 +180,12 @@ def test_a_continued_adapter_of_a_script_refers_to_its_frozen_copy(tmp_path: Pat
     with torch.no_grad():
         next(p for name, p in model.named_parameters() if "lora_B" in name).fill_(0.1)
     once = DPOConfig(output_dir=str(tmp_path), bf16=False, use_cpu=True, num_train_epochs=1)
-    choice, why, figures = chosen(keys_of_script(model, once, None))
+    choice, why, figures = chosen(keys_of_script({"model": model, "args": once}, True))
     assert choice == "adapter"
     assert "frozen copy" in why
     assert "gpu - (a copy of the base model lacks the continued adapter)" in figures
     often = DPOConfig(output_dir=str(tmp_path), bf16=False, use_cpu=True, num_train_epochs=2)
-    assert chosen(keys_of_script(model, often, None))[0] == "precomputed"
+    assert chosen(keys_of_script({"model": model, "args": often}, True))[0] == "precomputed"
 
 
 def test_every_process_decides_the_same(model_folder: Path, monkeypatch: pytest.MonkeyPatch):

@@ -55,6 +55,16 @@ def test_a_policy_that_does_not_change_stops_the_run(
         trainer.train()
 
 
+def test_pairs_whose_answers_are_the_same_stop_the_run_though_weights_change(
+    model_dir: Path, arguments: Arguments, store: Path
+):
+    given = arguments(max_steps=10 * STUCK_STEPS + 2, loss_type=["sigmoid", "sft"], learning_rate=1e-4)
+    given["train_dataset"] = given["train_dataset"].map(lambda row: {"rejected": row["chosen"]})
+    trainer = ReferenceDPOTrainer(str(model_dir), **given, reference="precomputed")
+    with pytest.raises(RunStopped, match=rf"exactly 0 from step 1 to {10 * STUCK_STEPS + 1}, though parameters change"):
+        trainer.train()
+
+
 def test_a_learning_rate_that_is_lost_in_the_weights_stops_the_run(model_dir: Path, arguments: Arguments, store: Path):
     options = BF16_WEIGHTS | {"max_steps": 40, "learning_rate": 1e-12, "optim": "sgd"}
     trainer = ReferenceDPOTrainer(str(model_dir), **arguments(**options), reference="precomputed")

@@ -23,7 +23,6 @@ from axolotl_dpo_ext.reference import (
     PairLogProbs,
     Reference,
     ReferenceDPOTrainer,
-    ReferenceMixin,
     ReferenceStrategy,
 )
 from axolotl_dpo_ext.reference.identity import reference_identity
@@ -164,6 +163,10 @@ def test_a_model_spread_over_devices_is_refused_with_what_serves_it(
 def test_what_is_not_known_to_work_with_sums_is_refused_by_name(strategy: str, model_dir: Path, arguments: Arguments):
     with pytest.raises(RunStopped, match="sync_ref_model"):
         ReferenceDPOTrainer(str(model_dir), **arguments(sync_ref_model=True), reference=strategy)
+    given = arguments()
+    given["args"].use_liger_kernel = True
+    with pytest.raises(RunStopped, match="use_liger_kernel"):
+        ReferenceDPOTrainer(str(model_dir), **given, reference=strategy)
     given = arguments()
     given["args"].loss_type = ["epsilon"]
     with pytest.raises(RunStopped, match="epsilon"):
@@ -349,32 +352,6 @@ def test_a_collator_that_drops_the_values_is_named(model_dir: Path, arguments: A
         trainer.train()
 
 
-def test_the_mixin_goes_before_a_trainer_of_ones_own(model_dir: Path, arguments: Arguments, store: Path):
-    class Mine(DPOTrainer):
-        def compute_loss(
-            self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
-        ) -> Any:
-            assert "ref_chosen_logps" in inputs
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-
-    class Both(ReferenceMixin, Mine):
-        pass
-
-    for strategy in ("precomputed", "cpu_offload"):
-        assert len(trajectory(Both(str(model_dir), **arguments(), reference=strategy))) == 6
-
-
-def test_a_trl_without_what_is_needed_is_named(model_dir: Path, arguments: Arguments):
-    class Future:
-        def compute_loss(self, model: Any, batch: Any) -> None: ...
-
-    class Newer(ReferenceMixin, Future):
-        pass
-
-    with pytest.raises(RunStopped, match=r"lacks .*_precompute_ref_logps(?s:.*)1\.9\.0, 1\.14\.1 and 1\.16\.0"):
-        Newer(str(model_dir), **arguments(), reference="precomputed")
-
-
 def test_one_sweep_for_all_micro_batches_of_a_step(
     model_dir: Path, arguments: Arguments, monkeypatch: pytest.MonkeyPatch
 ):
@@ -528,12 +505,12 @@ def test_every_process_takes_the_first_ones_automatic_choice(
     from axolotl_dpo_ext.reference import trainer
 
     monkeypatch.setattr(trainer, "Processes", AnotherProcess)
-    given = arguments()["args"]
+    given = {"model": str(model_dir), "args": arguments()["args"]}
     # Alone it chooses the adapter; the first process may have seen another store or device.
-    strategy = trainer._choose(ReferenceSettings(strategy="auto"), str(model_dir), given, LoraConfig(**LORA))
+    strategy = trainer._choose(ReferenceSettings(strategy="auto"), {**given, **lora()}, None)
     assert strategy.name == "gpu"
     with pytest.raises(RunStopped, match="different reference strategies: gpu, precomputed"):
-        trainer._choose(ReferenceSettings(strategy="precomputed"), str(model_dir), given, None)
+        trainer._choose(ReferenceSettings(strategy="precomputed"), given, None)
 
 
 def test_values_that_are_not_finite_stop_the_run_before_the_first_step(
