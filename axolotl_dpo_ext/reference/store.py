@@ -73,6 +73,8 @@ def store_root(setting: str | Path | None = None) -> Path:
 class ReferenceStore:
     """The stored values of one identity. Nothing is created before the first write.
 
+    Opening shards whose ``identity.json`` is lost writes that file again.
+
     Where several shards hold a sequence, the first in the order of their names gives the value, so that every
     process that reads the same shards uses the same values; a value once looked up does not change. Differences
     as other batches or devices make them are expected. Larger ones, or two different token counts, mean that one of
@@ -103,9 +105,11 @@ class ReferenceStore:
         self._read: set[str] = set()
         _check_identity(self.path)
         self.refresh()
-        # "Last used", for pruning. A folder that can only be read has none.
+        # A folder that can only be read is used as it is.
         with contextlib.suppress(OSError):
-            os.utime(self.path / IDENTITY_FILE)
+            if shard_names(self.path):
+                self._create()  # where somebody removed the file that says what the values depend on
+            os.utime(self.path / IDENTITY_FILE)  # "last used", for pruning
 
     @classmethod
     def at(cls, path: Path) -> ReferenceStore:

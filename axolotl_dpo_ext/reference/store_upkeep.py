@@ -30,6 +30,7 @@ from axolotl_dpo_ext.reference.store_files import (
 DAY = 86_400
 _STORE = re.compile(r"[0-9a-f]{32}")
 _EXPORT_BATCH = 65_536
+_LOST_IDENTITY = "it is missing, so nothing says what the values depend on; the next run that uses them writes it again"
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class StoreSummary:
         rows: Number of sequences whose values can be used.
         size: Bytes of all its files.
         shards: Number of shards, damaged ones included.
-        damaged: Files that are not used, with the reasons.
+        damaged: Files that are not used or missing, with the reasons.
         last_used: When a run last opened or extended it, in seconds since 1970.
     """
 
@@ -129,15 +130,17 @@ def verify_store(path: Path) -> StoreSummary:
     merged, contradictory = merge_rows([empty_rows(), *shards.values()])
     for name in shards_with(shards, contradictory):
         damaged.append(DamagedFile(path / name, "it and another shard hold different values for one sequence"))
-    content: Mapping[str, Any] = {}
+    content: Mapping[str, Any] | None = {}
     try:
-        content = read_identity(path) or {}
+        content = read_identity(path)
     except UnusableFileError as error:
         damaged.append(DamagedFile(path / IDENTITY_FILE, str(error), error.newer))
+    if content is None and (shards or damaged):
+        damaged.append(DamagedFile(path / IDENTITY_FILE, _LOST_IDENTITY))
     files = _files(path)
     return StoreSummary(
         path=path,
-        model=str(content.get("model", "")),
+        model=str((content or {}).get("model", "")),
         rows=len(merged) - len(contradictory),
         size=sum(status.st_size for _, status in files),
         shards=len(shard_names(path)),
@@ -169,7 +172,9 @@ def plan_pruning(
             removals.append(Removal(path, summary.size, f"unused for {unused:.0f} days"))
         elif damaged:
             removals += [
-                Removal(file.path, _size(file.path), file.reason) for file in summary.damaged if not file.newer
+                Removal(file.path, _size(file.path), file.reason)
+                for file in summary.damaged
+                if not file.newer and file.path.exists()
             ]
     whole = {removal.path for removal in removals}
     return removals + [left for left in _left_behind(root) if left.path.parent not in whole]

@@ -284,8 +284,33 @@ def test_a_damaged_identity_can_be_pruned_and_no_value_is_lost_with_it(tmp_path:
         ReferenceStore.at(store.path)
     opened = ReferenceStore(tmp_path, IDENTITY)
     assert held(opened, some_rows(8, 1))
-    opened.append(some_rows(8, 2))
-    assert held(ReferenceStore.at(store.path), some_rows(8, 2))
+    assert held(ReferenceStore.at(store.path), some_rows(8, 1))
+
+
+def test_a_lost_identity_is_named_and_written_again_by_the_next_run_that_only_reads(tmp_path: Path):
+    store = a_store(tmp_path, 1)
+    (store.path / "identity.json").unlink()
+    (lost,) = verify_store(store.path).damaged
+    assert lost.path == store.path / "identity.json"
+    assert "missing" in lost.reason
+    assert plan_pruning(tmp_path, damaged=True) == []  # there is nothing to remove
+    for path in store.path.iterdir():
+        os.utime(path, (1e9, 1e9))
+    assert held(ReferenceStore(tmp_path, IDENTITY), some_rows(8, 1))
+    assert verify_store(store.path).damaged == ()
+    assert plan_pruning(tmp_path, unused_days=30) == []
+    assert held(ReferenceStore.at(store.path), some_rows(8, 1))
+
+
+def test_reading_shards_without_an_identity_needs_no_right_to_write_it(tmp_path: Path, monkeypatch):
+    store = a_store(tmp_path, 1)
+    (store.path / "identity.json").unlink()
+
+    def refuse(*_: object) -> None:
+        raise PermissionError("read-only")
+
+    monkeypatch.setattr("axolotl_dpo_ext.reference.store.write_whole", refuse)
+    assert held(ReferenceStore(tmp_path, IDENTITY), some_rows(8, 1))
 
 
 def test_the_identity_of_another_store_is_named_as_foreign(tmp_path: Path):
