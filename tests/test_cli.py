@@ -78,7 +78,7 @@ def test_doctor_lists_every_problem_and_exits_with_1(tmp_path: Path):
     [
         ("rl: [dpo\n", "is not YAML"),
         ("- rl\n", "holds list"),
-        ("", "holds NoneType"),
+        ("", "is empty"),
         ("d: 2001-99-99\n", "is not YAML"),
         ("a: " + "[" * 5000, "is not YAML"),
         ("\xff\xfe", "run.yaml"),

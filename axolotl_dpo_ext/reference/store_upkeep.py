@@ -86,8 +86,13 @@ class Removal:
 def store_folders(root: Path) -> list[Path]:
     """Returns the folders of the stores under a root."""
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-        return sorted(path for path in root.iterdir() if _STORE.fullmatch(path.name) and path.is_dir())
+        return sorted(path for path in root.iterdir() if is_store(path))
     return []
+
+
+def is_store(path: Path) -> bool:
+    """Whether a folder is a store, by its name."""
+    return bool(_STORE.fullmatch(path.absolute().name)) and path.is_dir()
 
 
 def find_store(root: Path, prefix: str) -> Path:
@@ -158,7 +163,8 @@ def plan_pruning(
         root: The folder of the stores.
         stores: Whole stores to remove; together with either of the others, the stores to which those apply.
         unused_days: Remove stores that no run opened for so many days.
-        damaged: Remove damaged and foreign files; those of a newer version stay.
+        damaged: Remove damaged files and those of other stores; those of a newer version stay, and what is no file of a
+            store.
     """
     chosen = list(stores) or store_folders(root)
     removals: list[Removal] = []
@@ -214,6 +220,8 @@ def export_store(path: Path, file: Path) -> tuple[int, list[DamagedFile]]:
     writers = {".parquet": _write_parquet, ".jsonl": _write_jsonl}
     if file.suffix not in writers:
         raise ValueError(f"{file} ends in {file.suffix!r}; choose from: {', '.join(writers)}")
+    if not file.parent.is_dir():
+        raise FileNotFoundError(f"there is no folder {file.parent} for {file.name}; create it, or name another")
     store = ReferenceStore.at(path)
     rows = store.rows()
     temporary = file.with_name(temporary_name())
