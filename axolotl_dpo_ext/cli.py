@@ -166,7 +166,9 @@ def ref_cache_verify(stores: tuple[str, ...], root: Path | None, as_json: bool) 
 @ref_cache.command("prune")
 @click.option("--store", "stores", multiple=True, help="Remove this store, or apply the other options to it alone.")
 @click.option("--unused-days", type=click.FloatRange(min=0), help="Remove stores that no run opened for so many days.")
-@click.option("--damaged", is_flag=True, help="Remove damaged files and those of other stores; their rows are computed again.")
+@click.option(
+    "--damaged", is_flag=True, help="Remove damaged files and those of other stores; their rows are computed again."
+)
 @click.option("--yes", is_flag=True, help="Remove; without it, only say what would be removed.")
 @_ROOT
 @_JSON

@@ -260,8 +260,11 @@ def precompute_with_axolotl(keys: Mapping[str, Any]) -> dict[str, dict[str, floa
     from axolotl.train import setup_model_and_trainer
     from axolotl.utils.dict import DictDefault
 
+    from axolotl_dpo_ext.upstream_errors import explained, in_datasets, in_trainer, in_validation
+
     given = _for_precomputing(keys)
-    cfg = load_cfg(DictDefault(given))
+    with explained(given, in_validation):
+        cfg = load_cfg(DictDefault(given))
     if given.get("bf16", "auto") == "auto" and not cfg.bf16:
         LOG.warning(
             "`bf16: auto`, and this machine computes without bfloat16: values are stored for %s. A machine that "
@@ -270,8 +273,11 @@ def precompute_with_axolotl(keys: Mapping[str, Any]) -> dict[str, dict[str, floa
         )
     if not torch.cuda.is_available():
         cfg.device_map = {"": "cpu"}  # Axolotl gives each of several processes an accelerator, also where there is none
-    datasets = PluginManager.get_instance().load_datasets(cfg, preprocess=False) or load_preference_datasets(cfg=cfg)
-    trainer = setup_model_and_trainer(cfg, datasets)[0]
+    with explained(given, in_datasets):
+        loaded = PluginManager.get_instance().load_datasets(cfg, preprocess=False)
+        datasets = loaded or load_preference_datasets(cfg=cfg)
+    with explained(given, in_trainer):
+        trainer = setup_model_and_trainer(cfg, datasets)[0]
     return dict(trainer.reference_record)
 
 
@@ -315,26 +321,14 @@ def validate_with_axolotl(keys: Mapping[str, Any]) -> list[Problem]:
     import torch
     from axolotl.utils.config import prepare_plugins, validate_config
     from axolotl.utils.dict import DictDefault
-    from pydantic import ValidationError
+
+    from axolotl_dpo_ext.upstream_errors import refusals
 
     cfg = DictDefault(copy.deepcopy(dict(keys)))
     environment = {"torch_version": str(torch.__version__).split("+", maxsplit=1)[0]}
     try:
         prepare_plugins(cfg)
         validate_config(cfg, capabilities=ASSUMED_CAPABILITIES, env_capabilities=environment)
-    except ConfigurationError as error:
-        return list(error.problems)
-    except ValidationError as error:
-        return [_axolotl_problem(".".join(map(str, e["loc"])), e["msg"]) for e in error.errors()]
     except Exception as error:
-        return [_axolotl_problem("", f"{type(error).__name__}: {error}")]
+        return refusals(error)
     return []
-
-
-def _axolotl_problem(setting: str, message: str) -> Problem:
-    return Problem(
-        setting=setting or "configuration",
-        found="refused by Axolotl's own validation",
-        reason=message.removeprefix("Value error, "),
-        fix="change that key; `axolotl config-schema` lists what Axolotl takes",
-    )
