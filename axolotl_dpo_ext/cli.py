@@ -80,14 +80,25 @@ def precompute(config: Path, as_json: bool) -> None:
         except (RunStopped, MissingExtraError) as error:
             raise click.ClickException(str(error)) from None
     if os.environ.get("RANK", "0") == "0":
-        click.echo(json.dumps(record) if as_json else _precompute_text(record))
+        root = str(_root_of(keys))
+        click.echo(json.dumps({"root": root, "datasets": record}) if as_json else _precompute_text(root, record))
 
 
-def _precompute_text(record: Mapping[str, Mapping[str, float]]) -> str:
-    return "\n".join(
+def _precompute_text(root: str, record: Mapping[str, Mapping[str, float]]) -> str:
+    lines = [
         f"{name}: {found['pairs']:,} pairs, {found['computed']:,} answers computed in {found['seconds']:.1f} s"
         for name, found in record.items()
-    )
+    ]
+    return "\n".join([*lines, f"stored below {root}"])
+
+
+def _root_of(keys: Mapping[str, Any]) -> Path:
+    """Returns the folder of the stores of a configuration."""
+    from axolotl_dpo_ext.reference.store import store_root
+
+    asked = keys.get("dpo_ext")
+    asked = asked.get("reference") if isinstance(asked, Mapping) else None
+    return store_root(asked.get("store") if isinstance(asked, Mapping) else None).absolute()
 
 
 @cli.command()

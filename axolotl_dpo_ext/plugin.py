@@ -271,6 +271,8 @@ def precompute_with_axolotl(keys: Mapping[str, Any]) -> dict[str, dict[str, floa
             "trains in bfloat16 does not use them; compute them on one that has it, with `bf16: true`",
             "float16" if cfg.fp16 else "float32",
         )
+    if why := why_unused(keys):
+        LOG.warning("a run with this YAML will not use these values (%s): set `reference: precomputed`", why)
     if not torch.cuda.is_available():
         cfg.device_map = {"": "cpu"}  # Axolotl gives each of several processes an accelerator, also where there is none
     with explained(given, in_datasets):
@@ -279,6 +281,18 @@ def precompute_with_axolotl(keys: Mapping[str, Any]) -> dict[str, dict[str, floa
     with explained(given, in_trainer):
         trainer = setup_model_and_trainer(cfg, datasets)[0]
     return dict(trainer.reference_record)
+
+
+def why_unused(keys: Mapping[str, Any]) -> str:
+    """Returns why a training run with these keys would not read the store, ``""`` if it would or may."""
+    from axolotl_dpo_ext.settings import STORELESS
+
+    parts = keys.get("dpo_ext")
+    asked = parts.get("reference") if isinstance(parts, Mapping) else None
+    strategy = asked.get("strategy", "auto") if isinstance(asked, Mapping) else asked
+    if not strategy:
+        return "no `dpo_ext.reference`"
+    return f"reference: {strategy}" if strategy in STORELESS else ""
 
 
 # What shards a model over processes, or makes optimizer states; a process that only computes does without.

@@ -86,8 +86,9 @@ class ReferenceSettings(_Part):
     )
     store: Annotated[str | None, BeforeValidator(_folder)] = Field(
         default=None,
-        description="Folder of the stored log-probabilities of `precomputed` (or `auto`). Default: the environment variable "
-        "`AXOLOTL_DPO_EXT_REFERENCE_STORE`, else `dpo_reference` in the Hugging Face cache folder (`HF_HOME`).",
+        description="Folder of the stored log-probabilities of `precomputed` (or `auto`). Default: the environment "
+        "variable `AXOLOTL_DPO_EXT_REFERENCE_STORE`, else `dpo_reference` in the Hugging Face cache folder "
+        "(`HF_HOME`).",
     )
     model: Literal["initial", "base"] = Field(
         default="initial",
@@ -153,8 +154,8 @@ class DPOExtSettings(_Part):
     )
     quality: QualitySettings | None = Field(
         default=None,
-        description="Checks of the preference pairs and the held-out split. Scalar: `true` for the defaults; `false` is "
-        "off.",
+        description="Checks of the preference pairs and the held-out split. Scalar: `true` for the defaults; `false` "
+        "is off.",
     )
     report: ReportSettings = Field(
         default_factory=ReportSettings,
