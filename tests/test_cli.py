@@ -110,6 +110,29 @@ def test_doctor_finds_keys_that_would_be_lost(tmp_path: Path, text: str, setting
     assert [problem["setting"] for problem in told["problems"]] == [setting]
 
 
+@pytest.mark.parametrize(
+    ("reference", "variable", "setting"),
+    [
+        ("{strategy: precomputed, store: FILE}", "", "dpo_ext.reference.store"),
+        ("{strategy: auto, store: FILE/below}", "", "dpo_ext.reference.store"),
+        ("precomputed", "FILE", "AXOLOTL_DPO_EXT_REFERENCE_STORE"),
+        ("{strategy: precomputed, store: FOLDER}", "FILE", None),
+        ("gpu", "FILE", None),
+    ],
+)
+def test_doctor_finds_a_file_where_the_store_should_be(
+    reference: str, variable: str, setting: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    file = tmp_path / "file"
+    file.touch()
+    monkeypatch.setenv("AXOLOTL_DPO_EXT_REFERENCE_STORE", variable.replace("FILE", str(file)))
+    reference = reference.replace("FILE", str(file)).replace("FOLDER", str(tmp_path / "absent"))
+    path = config(tmp_path, LISTED + f"rl: dpo\nadapter: lora\ndpo_ext: {{reference: {reference}}}\n")
+    told = json.loads(command("doctor", path, "--json", "--quick").stdout)
+    assert [problem["setting"] for problem in told["problems"]] == ([setting] if setting else [])
+    assert not (tmp_path / "absent").exists()
+
+
 @pytest.mark.parametrize("plugins", ["axolotl_dpo_ext.DPOExtPlugin", "5", "true"])
 def test_doctor_says_that_plugins_must_be_a_list(tmp_path: Path, plugins: str):
     path = config(tmp_path, f"rl: dpo\nplugins: {plugins}\ndpo_ext: {{quality: true}}\n")
