@@ -80,14 +80,25 @@ def precompute(config: Path, as_json: bool) -> None:
         except (RunStopped, MissingExtraError) as error:
             raise click.ClickException(str(error)) from None
     if os.environ.get("RANK", "0") == "0":
-        click.echo(json.dumps(record) if as_json else _precompute_text(record))
+        root = str(_root_of(keys))
+        click.echo(json.dumps({"root": root, "datasets": record}) if as_json else _precompute_text(root, record))
 
 
-def _precompute_text(record: Mapping[str, Mapping[str, float]]) -> str:
-    return "\n".join(
+def _precompute_text(root: str, record: Mapping[str, Mapping[str, float]]) -> str:
+    lines = [
         f"{name}: {found['pairs']:,} pairs, {found['computed']:,} answers computed in {found['seconds']:.1f} s"
         for name, found in record.items()
-    )
+    ]
+    return "\n".join([*lines, f"stored below {root}"])
+
+
+def _root_of(keys: Mapping[str, Any]) -> Path:
+    """Returns the folder of the stores of a configuration."""
+    from axolotl_dpo_ext.reference.store import store_root
+
+    asked = keys.get("dpo_ext")
+    asked = asked.get("reference") if isinstance(asked, Mapping) else None
+    return store_root(asked.get("store") if isinstance(asked, Mapping) else None).absolute()
 
 
 @cli.command()
@@ -119,9 +130,19 @@ def schema(as_json: bool) -> None:
     click.echo(json.dumps(json_schema(), indent=2))
 
 
+def _given_root(_context: click.Context, _option: click.Parameter, root: str | None) -> Path | None:
+    """Refuses a folder that is not there: "no stores" would hide that it is misspelt."""
+    if root is None:
+        return None
+    if not os.path.isdir(root):
+        raise click.BadParameter(f"there is no folder {root!r}; give the folder that holds the stores, or leave it out")
+    return Path(root)
+
+
 _ROOT = click.option(
     "--root",
-    type=click.Path(file_okay=False, path_type=Path),
+    metavar="DIRECTORY",
+    callback=_given_root,
     help="Folder of the stores. Default: AXOLOTL_DPO_EXT_REFERENCE_STORE, else dpo_reference beside the Hugging Face "
     "cache.",
 )
@@ -156,7 +177,9 @@ def ref_cache_verify(stores: tuple[str, ...], root: Path | None, as_json: bool) 
 @ref_cache.command("prune")
 @click.option("--store", "stores", multiple=True, help="Remove this store, or apply the other options to it alone.")
 @click.option("--unused-days", type=click.FloatRange(min=0), help="Remove stores that no run opened for so many days.")
-@click.option("--damaged", is_flag=True, help="Remove damaged and foreign files; their rows are computed again.")
+@click.option(
+    "--damaged", is_flag=True, help="Remove damaged files and those of other stores; their rows are computed again."
+)
 @click.option("--yes", is_flag=True, help="Remove; without it, only say what would be removed.")
 @_ROOT
 @_JSON
@@ -211,8 +234,12 @@ def main() -> None:
 
 def _root(root: Path | None) -> Path:
     from axolotl_dpo_ext.reference.store import store_root
+    from axolotl_dpo_ext.reference.store_upkeep import is_store
 
-    return root or store_root()
+    root = root or store_root()
+    if is_store(root):
+        raise click.UsageError(f"{root} is a store itself; its root is {root.absolute().parent}, its name {root.name}")
+    return root
 
 
 def _folders(root: Path, stores: tuple[str, ...]) -> list[Path]:
@@ -278,7 +305,8 @@ def _read_yaml(path: Path) -> tuple[Mapping[str, Any], list[Problem]]:
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise click.UsageError(f"{path} is not YAML: {error}") from None
     if not isinstance(keys, dict):
-        raise click.UsageError(f"{path} holds {type(keys).__name__}, not the keys of an Axolotl configuration")
+        found = "is empty" if keys is None else f"holds {type(keys).__name__}, not the keys of an Axolotl configuration"
+        raise click.UsageError(f"{path} {found}")
     return keys, twice
 
 

@@ -16,7 +16,7 @@ from packaging.version import Version
 from axolotl_dpo_ext import compatibility, hardware, quality, reference
 from axolotl_dpo_ext.plugins import Extensions
 from axolotl_dpo_ext.reference import ReferenceStrategy
-from axolotl_dpo_ext.settings import DPOExtSettings, QualitySettings, read_settings
+from axolotl_dpo_ext.settings import DPOExtSettings, QualitySettings, ReferenceSettings, read_settings
 from axolotl_dpo_ext.vocabulary import ConfigurationError, Decision, Problem
 
 LOG = logging.getLogger(__name__)
@@ -94,11 +94,23 @@ def configure(
             result.axolotl_keys.update(strategy.axolotl_keys(merged))
             result.decisions.append(decision)
             result.strategy = strategy
+            problems += _store_problems(settings.reference, strategy.name)
     handing_over = result.strategy.name if result.strategy and result.strategy.hands_over else None
     problems += compatibility.find_problems(compatibility.Run(merged, settings, versions, handing_over))
     if settings.quality is not None:
         _add_quality(result, settings.quality, merged, registered)
     return result
+
+
+def _store_problems(settings: ReferenceSettings, strategy: str) -> list[Problem]:
+    """Looks where the store is to be, if the run reads one: before a model is loaded."""
+    looks_there = strategy == "precomputed" or (settings.strategy == "auto" and settings.store is not None)
+    if not looks_there:
+        return []
+    from axolotl_dpo_ext.reference.store import root_problem
+
+    problem = root_problem(settings.store)
+    return [problem] if problem else []
 
 
 def _add_quality(

@@ -260,19 +260,39 @@ def precompute_with_axolotl(keys: Mapping[str, Any]) -> dict[str, dict[str, floa
     from axolotl.train import setup_model_and_trainer
     from axolotl.utils.dict import DictDefault
 
+    from axolotl_dpo_ext.upstream_errors import explained, in_datasets, in_trainer, in_validation
+
     given = _for_precomputing(keys)
-    cfg = load_cfg(DictDefault(given))
+    with explained(given, in_validation):
+        cfg = load_cfg(DictDefault(given))
     if given.get("bf16", "auto") == "auto" and not cfg.bf16:
         LOG.warning(
             "`bf16: auto`, and this machine computes without bfloat16: values are stored for %s. A machine that "
             "trains in bfloat16 does not use them; compute them on one that has it, with `bf16: true`",
             "float16" if cfg.fp16 else "float32",
         )
+    if why := why_unused(keys):
+        LOG.warning("a run with this YAML will not use these values (%s): set `reference: precomputed`", why)
     if not torch.cuda.is_available():
         cfg.device_map = {"": "cpu"}  # Axolotl gives each of several processes an accelerator, also where there is none
-    datasets = PluginManager.get_instance().load_datasets(cfg, preprocess=False) or load_preference_datasets(cfg=cfg)
-    trainer = setup_model_and_trainer(cfg, datasets)[0]
+    with explained(given, in_datasets):
+        loaded = PluginManager.get_instance().load_datasets(cfg, preprocess=False)
+        datasets = loaded or load_preference_datasets(cfg=cfg)
+    with explained(given, in_trainer):
+        trainer = setup_model_and_trainer(cfg, datasets)[0]
     return dict(trainer.reference_record)
+
+
+def why_unused(keys: Mapping[str, Any]) -> str:
+    """Returns why a training run with these keys would not read the store, ``""`` if it would or may."""
+    from axolotl_dpo_ext.settings import STORELESS
+
+    parts = keys.get("dpo_ext")
+    asked = parts.get("reference") if isinstance(parts, Mapping) else None
+    strategy = asked.get("strategy", "auto") if isinstance(asked, Mapping) else asked
+    if not strategy:
+        return "no `dpo_ext.reference`"
+    return f"reference: {strategy}" if strategy in STORELESS else ""
 
 
 # What shards a model over processes, or makes optimizer states; a process that only computes does without.
@@ -315,26 +335,14 @@ def validate_with_axolotl(keys: Mapping[str, Any]) -> list[Problem]:
     import torch
     from axolotl.utils.config import prepare_plugins, validate_config
     from axolotl.utils.dict import DictDefault
-    from pydantic import ValidationError
+
+    from axolotl_dpo_ext.upstream_errors import refusals
 
     cfg = DictDefault(copy.deepcopy(dict(keys)))
     environment = {"torch_version": str(torch.__version__).split("+", maxsplit=1)[0]}
     try:
         prepare_plugins(cfg)
         validate_config(cfg, capabilities=ASSUMED_CAPABILITIES, env_capabilities=environment)
-    except ConfigurationError as error:
-        return list(error.problems)
-    except ValidationError as error:
-        return [_axolotl_problem(".".join(map(str, e["loc"])), e["msg"]) for e in error.errors()]
     except Exception as error:
-        return [_axolotl_problem("", f"{type(error).__name__}: {error}")]
+        return refusals(error)
     return []
-
-
-def _axolotl_problem(setting: str, message: str) -> Problem:
-    return Problem(
-        setting=setting or "configuration",
-        found="refused by Axolotl's own validation",
-        reason=message.removeprefix("Value error, "),
-        fix="change that key; `axolotl config-schema` lists what Axolotl takes",
-    )

@@ -9,14 +9,28 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 from collections.abc import Mapping
+from pathlib import PurePath
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    model_validator,
+)
 
 from axolotl_dpo_ext.vocabulary import ConfigurationError, Problem
 
 Policy = Literal["drop", "flag", "keep"]
+
+# The pack's strategies that never read a store; `auto` may choose one that does, and a third party's may be one.
+STORELESS = ("gpu", "adapter", "cpu_offload")
 
 
 class _Part(BaseModel):
@@ -47,6 +61,16 @@ def _size(value: float) -> float:
     return value
 
 
+def _folder(value: Any, info: ValidationInfo) -> Any:
+    value = os.fspath(value) if isinstance(value, PurePath) else value
+    if value == "":
+        raise ValueError("an empty name is no folder")
+    strategy = info.data.get("strategy")
+    if value is not None and strategy in STORELESS:
+        raise ValueError(f"`{strategy}` stores nothing, so it would be without effect; remove it, or use `precomputed`")
+    return value
+
+
 Number = Annotated[float, BeforeValidator(_number)]
 Size = Annotated[Number, AfterValidator(_size)]
 
@@ -60,10 +84,11 @@ class ReferenceSettings(_Part):
         "LoRA adapter disabled), `cpu_offload` (a copy in host memory, streamed), `precomputed` (computed once and "
         "stored), or a third party's.",
     )
-    store: str | None = Field(
+    store: Annotated[str | None, BeforeValidator(_folder)] = Field(
         default=None,
-        description="Folder of the stored log-probabilities. Default: the environment variable "
-        "`AXOLOTL_DPO_EXT_REFERENCE_STORE`, else `dpo_reference` in the Hugging Face cache folder (`HF_HOME`).",
+        description="Folder of the stored log-probabilities of `precomputed` (or `auto`). Default: the environment "
+        "variable `AXOLOTL_DPO_EXT_REFERENCE_STORE`, else `dpo_reference` in the Hugging Face cache folder "
+        "(`HF_HOME`).",
     )
     model: Literal["initial", "base"] = Field(
         default="initial",
@@ -125,11 +150,12 @@ class DPOExtSettings(_Part):
     )
     reference: ReferenceSettings | None = Field(
         default=None,
-        description="How the reference log-probabilities are obtained. Scalar: the strategy's name.",
+        description="How the reference log-probabilities are obtained. Scalar: the strategy's name; `false` is off.",
     )
     quality: QualitySettings | None = Field(
         default=None,
-        description="Checks of the preference pairs and the held-out split. Scalar: `true` for the defaults.",
+        description="Checks of the preference pairs and the held-out split. Scalar: `true` for the defaults; `false` "
+        "is off.",
     )
     report: ReportSettings = Field(
         default_factory=ReportSettings,
@@ -149,7 +175,7 @@ class DPOExtSettings(_Part):
 
 
 def _reference_scalar(value: Any) -> Any:
-    return {"strategy": value} if value is not None else None
+    return None if value is None or value is False else {"strategy": value}
 
 
 def _quality_scalar(value: Any) -> Any:
@@ -263,7 +289,7 @@ def json_schema() -> dict[str, Any]:
     parts = DPOExtSettings.model_json_schema(ref_template="#/$defs/{model}")
     definitions = parts.pop("$defs", {})
     properties = parts["properties"]
-    properties["reference"] = {"anyOf": [{"type": "string"}, properties["reference"]]}
+    properties["reference"] = {"anyOf": [{"type": "string"}, {"const": False}, properties["reference"]]}
     properties["quality"] = {"anyOf": [{"type": "boolean"}, properties["quality"]]}
     properties["report"] = {"anyOf": [{"type": "boolean"}, properties["report"]]}
     return {

@@ -184,12 +184,13 @@ def _reference_trainer(
         disable_tqdm=True,
     )
     rows = inputs.spread(pairs, steps * size.batch_size * size.accumulation)
+    store = {"store": str(scratch / "store")} if strategy == "precomputed" else {}
     return ReferenceDPOTrainer(
         make_model(size, machine.device),
         args=args,
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
-        reference={"strategy": strategy, "store": str(scratch / "store")},
+        reference={"strategy": strategy, **store},
     )
 
 

@@ -78,7 +78,7 @@ def test_doctor_lists_every_problem_and_exits_with_1(tmp_path: Path):
     [
         ("rl: [dpo\n", "is not YAML"),
         ("- rl\n", "holds list"),
-        ("", "holds NoneType"),
+        ("", "is empty"),
         ("d: 2001-99-99\n", "is not YAML"),
         ("a: " + "[" * 5000, "is not YAML"),
         ("\xff\xfe", "run.yaml"),
@@ -108,6 +108,29 @@ def test_doctor_finds_keys_that_would_be_lost(tmp_path: Path, text: str, setting
     )
     assert done.returncode == 1
     assert [problem["setting"] for problem in told["problems"]] == [setting]
+
+
+@pytest.mark.parametrize(
+    ("reference", "variable", "setting"),
+    [
+        ("{strategy: precomputed, store: FILE}", "", "dpo_ext.reference.store"),
+        ("{strategy: auto, store: FILE/below}", "", "dpo_ext.reference.store"),
+        ("precomputed", "FILE", "AXOLOTL_DPO_EXT_REFERENCE_STORE"),
+        ("{strategy: precomputed, store: FOLDER}", "FILE", None),
+        ("gpu", "FILE", None),
+    ],
+)
+def test_doctor_finds_a_file_where_the_store_should_be(
+    reference: str, variable: str, setting: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    file = tmp_path / "file"
+    file.touch()
+    monkeypatch.setenv("AXOLOTL_DPO_EXT_REFERENCE_STORE", variable.replace("FILE", str(file)))
+    reference = reference.replace("FILE", str(file)).replace("FOLDER", str(tmp_path / "absent"))
+    path = config(tmp_path, LISTED + f"rl: dpo\nadapter: lora\ndpo_ext: {{reference: {reference}}}\n")
+    told = json.loads(command("doctor", path, "--json", "--quick").stdout)
+    assert [problem["setting"] for problem in told["problems"]] == ([setting] if setting else [])
+    assert not (tmp_path / "absent").exists()
 
 
 @pytest.mark.parametrize("plugins", ["axolotl_dpo_ext.DPOExtPlugin", "5", "true"])

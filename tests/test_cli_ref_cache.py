@@ -87,7 +87,33 @@ def test_ls_without_any_store_is_fine_and_creates_nothing(root: Path):
 def test_root_names_another_folder(root: Path, stores: list[Path], tmp_path: Path, monkeypatch):
     monkeypatch.delenv(STORE_VARIABLE)
     assert len(told("ls", "--root", root)["stores"]) == 2
-    assert told("ls", "--root", tmp_path / "absent")["stores"] == []
+
+
+@pytest.mark.parametrize("words", [("ls",), ("verify",), ("prune", "--damaged", "--yes")])
+def test_a_root_that_is_no_folder_of_stores_is_bad_usage(stores: list[Path], tmp_path: Path, words: tuple[str, ...]):
+    file = tmp_path / "file"
+    file.touch()
+    for root in (tmp_path / "absent", file, ""):
+        done = command(*words, "--root", root)
+        assert done.exit_code == 2
+        assert f"there is no folder {str(root)!r}" in done.stderr
+    done = command(*words, "--root", stores[0])
+    assert done.exit_code == 2
+    assert f"its root is {stores[0].parent}, its name {stores[0].name}" in done.stderr
+
+
+def test_a_root_in_the_environment_that_is_a_store_itself_is_bad_usage(stores: list[Path], monkeypatch):
+    monkeypatch.setenv(STORE_VARIABLE, str(stores[0]))
+    assert command("ls").exit_code == 2
+
+
+def test_files_that_no_run_writes_are_not_looked_at_and_stay(stores: list[Path]):
+    strangers = [stores[0] / "notes.txt", stores[0] / "shard-mine.safetensors"]
+    for path in strangers:
+        path.touch()
+    assert told("verify")["stores"][0]["damaged"] == []
+    told("prune", "--damaged", "--yes")
+    assert all(path.exists() for path in strangers)
 
 
 def test_verify_names_each_damaged_file_and_exits_with_1(stores: list[Path]):
@@ -198,7 +224,7 @@ def test_export_to_what_is_no_table_is_bad_usage_and_to_no_place_a_problem(store
     assert ".parquet, .jsonl" in done.stderr
     done = command("export", stores[0].name, tmp_path / "absent" / "rows.jsonl")
     assert done.exit_code == 1
-    assert "absent" in done.stderr
+    assert f"there is no folder {tmp_path / 'absent'}" in done.stderr
 
 
 def test_a_damaged_identity_stops_an_export_with_its_name(stores: list[Path], tmp_path: Path):

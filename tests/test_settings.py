@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import jsonschema
 import pytest
@@ -28,6 +29,7 @@ def test_parts_that_are_not_asked_for_are_off():
     assert (settings.hardware, settings.reference, settings.quality) == (None, None, None)
     assert settings.report.enabled
     assert parse_settings({"quality": False}).quality is None
+    assert parse_settings({"reference": False}) == parse_settings({"reference": None}) == settings
     assert parse_settings(True) == settings
 
 
@@ -78,6 +80,21 @@ def test_values_out_of_range_are_refused(quality: object, setting: str):
     assert set(problems_of({"quality": quality})) == {setting}
 
 
+@pytest.mark.parametrize("strategy", ["gpu", "adapter", "cpu_offload"])
+def test_a_store_is_refused_where_nothing_would_read_it(strategy: str):
+    (told,) = problems_of({"reference": {"strategy": strategy, "store": "x"}}).items()
+    assert told[0] == "dpo_ext.reference.store"
+    assert f"`{strategy}` stores nothing" in told[1]
+    for other in ("precomputed", "auto", "lab_strategy"):
+        parse_settings({"reference": {"strategy": other, "store": "x"}})
+
+
+def test_a_store_is_a_folders_name_or_a_path():
+    assert parse_settings({"reference": {"store": Path("a") / "b"}}) == parse_settings({"reference": {"store": "a/b"}})
+    assert "empty name" in problems_of({"reference": {"store": ""}})["dpo_ext.reference.store"]
+    assert set(problems_of({"reference": {"store": 3}})) == {"dpo_ext.reference.store"}
+
+
 @pytest.mark.parametrize("holdout", [0, 0.0, 0.1, 1, 20, 20.0])
 def test_holdout_is_a_share_or_a_count(holdout: float):
     quality = parse_settings({"quality": {"holdout": holdout}}).quality
@@ -111,10 +128,22 @@ def test_sound_parts_survive_beside_wrong_ones():
 def test_the_schema_accepts_what_the_settings_accept():
     schema = json_schema()
     jsonschema.Draft202012Validator.check_schema(schema)
-    for good in ({"reference": "auto", "quality": True}, {"quality": {"holdout": 0.1}, "report": False}, {}, True):
+    for good in (
+        {"reference": "auto", "quality": True},
+        {"reference": False},
+        {"quality": {"holdout": 0.1}, "report": False},
+        {},
+        True,
+    ):
         jsonschema.validate({"dpo_ext": good}, schema)
         parse_settings(good)
-    for bad in ("auto", {"qualty": True}, {"quality": {"max_similarity": "high"}}, {"hardware": 3}):
+    for bad in (
+        "auto",
+        {"reference": True},
+        {"qualty": True},
+        {"quality": {"max_similarity": "high"}},
+        {"hardware": 3},
+    ):
         with pytest.raises(jsonschema.ValidationError):
             jsonschema.validate({"dpo_ext": bad}, schema)
     assert json.dumps(schema)

@@ -24,9 +24,9 @@ def check_arguments(given: Mapping[str, Any], reference: Any, checkpoint: Any) -
         _refuse(
             "no `args` were given", "the reference strategies set a part of them", "pass `args=DPOConfig(output_dir=…)`"
         )
-    if reference is None:
+    if reference is None or reference is False:
         _refuse(
-            "`reference` is None",
+            f"`reference` is {reference}",
             "this trainer exists to choose where the reference comes from",
             'pass a strategy, such as `reference="auto"`, or use TRL\'s own DPOTrainer',
         )

@@ -41,7 +41,7 @@ from axolotl_dpo_ext.reference.store_files import (
     shard_names,
     shards_with,
 )
-from axolotl_dpo_ext.vocabulary import RunStopped
+from axolotl_dpo_ext.vocabulary import Problem, RunStopped
 
 __all__ = ["STORE_VARIABLE", "DamagedFile", "ReferenceStore", "StoreError", "StoredRows", "store_root"]
 
@@ -70,8 +70,45 @@ def store_root(setting: str | Path | None = None) -> Path:
     return Path(constants.HF_HOME) / "dpo_reference"
 
 
+def obstacle(folder: Path) -> tuple[str, str] | None:
+    """Returns why a folder can neither be read nor made, and what to change; ``None`` where it can.
+
+    One that can be read and not written is none: it may hold all that a run needs.
+
+    Args:
+        folder: A folder that may not exist yet.
+    """
+    nearest = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+    if not nearest.is_dir():
+        return f"{nearest} is there, and is no folder", "remove or rename it"
+    if nearest == folder:
+        return None if os.access(folder, os.R_OK | os.X_OK) else (f"{folder} can't be read", "set the rights there")
+    if os.access(nearest, os.W_OK | os.X_OK):
+        return None
+    return f"it does not exist, and {nearest} can't be written", "create it, or set the rights there"
+
+
+def root_problem(setting: str | None) -> Problem | None:
+    """Returns the problem of a folder in which no store can be, ``None`` where one can.
+
+    Args:
+        setting: What stands under ``dpo_ext.reference.store``.
+    """
+    root = store_root(setting)
+    if (found := obstacle(root)) is None:
+        return None
+    return Problem(
+        setting=STORE_VARIABLE if not setting and os.environ.get(STORE_VARIABLE) else STORE_SETTING,
+        found=f"{root}, where no reference store can be",
+        reason=found[0],
+        fix=f"{found[1]}, or name another folder with `{STORE_SETTING}` or the environment variable {STORE_VARIABLE}",
+    )
+
+
 class ReferenceStore:
     """The stored values of one identity. Nothing is created before the first write.
+
+    Opening shards whose ``identity.json`` is lost writes that file again.
 
     Where several shards hold a sequence, the first in the order of their names gives the value, so that every
     process that reads the same shards uses the same values; a value once looked up does not change. Differences
@@ -103,9 +140,11 @@ class ReferenceStore:
         self._read: set[str] = set()
         _check_identity(self.path)
         self.refresh()
-        # "Last used", for pruning. A folder that can only be read has none.
+        # A folder that can only be read is used as it is.
         with contextlib.suppress(OSError):
-            os.utime(self.path / IDENTITY_FILE)
+            if shard_names(self.path):
+                self._create()  # where somebody removed the file that says what the values depend on
+            os.utime(self.path / IDENTITY_FILE)  # "last used", for pruning
 
     @classmethod
     def at(cls, path: Path) -> ReferenceStore:
@@ -269,10 +308,11 @@ class ReferenceStore:
         write_whole(path, sealed(content))
 
     def _not_written(self, error: OSError) -> StoreError:
+        _, fix = obstacle(self.path) or ("", "make room or set the rights there")
         return _stop(
             f"the reference store {self.path} can't be written",
             f"{type(error).__name__}: {error}",
-            f"make room or set the rights there, or name another folder with `{STORE_SETTING}` or the environment "
+            f"{fix}, or name another folder with `{STORE_SETTING}` or the environment "
             f"variable {STORE_VARIABLE}; what is stored already stays valid",
         )
 

@@ -30,6 +30,7 @@ from axolotl_dpo_ext.reference.store_files import (
 DAY = 86_400
 _STORE = re.compile(r"[0-9a-f]{32}")
 _EXPORT_BATCH = 65_536
+_LOST_IDENTITY = "it is missing, so nothing says what the values depend on; the next run that uses them writes it again"
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class StoreSummary:
         rows: Number of sequences whose values can be used.
         size: Bytes of all its files.
         shards: Number of shards, damaged ones included.
-        damaged: Files that are not used, with the reasons.
+        damaged: Files that are not used or missing, with the reasons.
         last_used: When a run last opened or extended it, in seconds since 1970.
     """
 
@@ -85,8 +86,13 @@ class Removal:
 def store_folders(root: Path) -> list[Path]:
     """Returns the folders of the stores under a root."""
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-        return sorted(path for path in root.iterdir() if _STORE.fullmatch(path.name) and path.is_dir())
+        return sorted(path for path in root.iterdir() if is_store(path))
     return []
+
+
+def is_store(path: Path) -> bool:
+    """Whether a folder is a store, by its name."""
+    return bool(_STORE.fullmatch(path.absolute().name)) and path.is_dir()
 
 
 def find_store(root: Path, prefix: str) -> Path:
@@ -129,15 +135,17 @@ def verify_store(path: Path) -> StoreSummary:
     merged, contradictory = merge_rows([empty_rows(), *shards.values()])
     for name in shards_with(shards, contradictory):
         damaged.append(DamagedFile(path / name, "it and another shard hold different values for one sequence"))
-    content: Mapping[str, Any] = {}
+    content: Mapping[str, Any] | None = {}
     try:
-        content = read_identity(path) or {}
+        content = read_identity(path)
     except UnusableFileError as error:
         damaged.append(DamagedFile(path / IDENTITY_FILE, str(error), error.newer))
+    if content is None and (shards or damaged):
+        damaged.append(DamagedFile(path / IDENTITY_FILE, _LOST_IDENTITY))
     files = _files(path)
     return StoreSummary(
         path=path,
-        model=str(content.get("model", "")),
+        model=str((content or {}).get("model", "")),
         rows=len(merged) - len(contradictory),
         size=sum(status.st_size for _, status in files),
         shards=len(shard_names(path)),
@@ -155,7 +163,8 @@ def plan_pruning(
         root: The folder of the stores.
         stores: Whole stores to remove; together with either of the others, the stores to which those apply.
         unused_days: Remove stores that no run opened for so many days.
-        damaged: Remove damaged and foreign files; those of a newer version stay.
+        damaged: Remove damaged files and those of other stores; those of a newer version stay, and what is no file of a
+            store.
     """
     chosen = list(stores) or store_folders(root)
     removals: list[Removal] = []
@@ -169,7 +178,9 @@ def plan_pruning(
             removals.append(Removal(path, summary.size, f"unused for {unused:.0f} days"))
         elif damaged:
             removals += [
-                Removal(file.path, _size(file.path), file.reason) for file in summary.damaged if not file.newer
+                Removal(file.path, _size(file.path), file.reason)
+                for file in summary.damaged
+                if not file.newer and file.path.exists()
             ]
     whole = {removal.path for removal in removals}
     return removals + [left for left in _left_behind(root) if left.path.parent not in whole]
@@ -209,6 +220,8 @@ def export_store(path: Path, file: Path) -> tuple[int, list[DamagedFile]]:
     writers = {".parquet": _write_parquet, ".jsonl": _write_jsonl}
     if file.suffix not in writers:
         raise ValueError(f"{file} ends in {file.suffix!r}; choose from: {', '.join(writers)}")
+    if not file.parent.is_dir():
+        raise FileNotFoundError(f"there is no folder {file.parent} for {file.name}; create it, or name another")
     store = ReferenceStore.at(path)
     rows = store.rows()
     temporary = file.with_name(temporary_name())

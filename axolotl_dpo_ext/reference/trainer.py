@@ -22,10 +22,11 @@ from axolotl_dpo_ext.reference.processes import Processes
 from axolotl_dpo_ext.reference.randomness import random_state_kept
 from axolotl_dpo_ext.reference.rows import LogProbDefinition
 from axolotl_dpo_ext.reference.script_arguments import check_arguments
+from axolotl_dpo_ext.reference.store import root_problem
 from axolotl_dpo_ext.reference.strategies import Policy, Reference, ReferenceStrategy
 from axolotl_dpo_ext.reference.trl_access import arguments_by_name, check_trl, load_as_trl, weights_not_hashed
 from axolotl_dpo_ext.settings import ReferenceSettings, parse_settings
-from axolotl_dpo_ext.vocabulary import RunStopped
+from axolotl_dpo_ext.vocabulary import ConfigurationError, RunStopped
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -294,6 +295,8 @@ def _choose(settings: ReferenceSettings, given: Mapping[str, Any], checkpoint: C
     keys = {**keys_of_script(given, checkpoint is not None), "dpo_ext": {"reference": settings.model_dump()}}
     strategies = extensions().reference_strategies
     strategy, decision = choose_strategy(settings.strategy, keys, strategies)
+    if strategy.name == "precomputed" and (problem := root_problem(settings.store)):
+        raise ConfigurationError([problem])
     processes = Processes()
     names = processes.gather(strategy.name)
     if settings.strategy == AUTO:

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, Trainer
 from trl import DPOTrainer
 
 from axolotl_dpo_ext.reference import ReferenceDPOTrainer, ReferenceMixin
-from axolotl_dpo_ext.vocabulary import RunStopped
+from axolotl_dpo_ext.vocabulary import ConfigurationError, RunStopped
 from tests.reference.conftest import make_pairs
 
 pytestmark = pytest.mark.stack
@@ -119,6 +119,7 @@ def test_the_mixin_behind_the_trainer_is_refused_where_the_class_is_made():
     ("wrong", "told"),
     [
         ({"reference": None}, "`reference` is None"),
+        ({"reference": False}, "`reference` is False"),
         ({"checkpoint": "org/name"}, r"checkpoint=Checkpoint\('org/name'\)"),
         ({"ref_model": "org/name"}, "load it with `AutoModelForCausalLM"),
         ({"args": None}, "no `args` were given"),
@@ -134,6 +135,14 @@ def test_arguments_that_cannot_be_meant_are_refused(
         ReferenceDPOTrainer(str(model_dir), **given)
     for part in ("why:", "fix:"):
         assert part in str(stopped.value)
+
+
+def test_a_file_in_the_place_of_the_store_is_told_before_anything_loads(arguments: Arguments, tmp_path: Path):
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(ConfigurationError, match="where no reference store can be"):
+        ReferenceDPOTrainer(
+            "nobody/model", **arguments(), reference={"strategy": "precomputed", "store": tmp_path / "file"}
+        )
 
 
 def test_auto_does_not_choose_what_a_streamed_dataset_rules_out(model_dir: Path, arguments: Arguments, store: Path):

@@ -17,7 +17,14 @@ from safetensors.numpy import save
 
 from axolotl_dpo_ext.reference import store_files
 from axolotl_dpo_ext.reference.durable import sealed, unsealed
-from axolotl_dpo_ext.reference.store import STORE_VARIABLE, ReferenceStore, StoredRows, StoreError, store_root
+from axolotl_dpo_ext.reference.store import (
+    STORE_VARIABLE,
+    ReferenceStore,
+    StoredRows,
+    StoreError,
+    root_problem,
+    store_root,
+)
 from axolotl_dpo_ext.reference.store_upkeep import export_store, find_store, plan_pruning, remove, verify_store
 from axolotl_dpo_ext.vocabulary import RunStopped
 
@@ -284,8 +291,33 @@ def test_a_damaged_identity_can_be_pruned_and_no_value_is_lost_with_it(tmp_path:
         ReferenceStore.at(store.path)
     opened = ReferenceStore(tmp_path, IDENTITY)
     assert held(opened, some_rows(8, 1))
-    opened.append(some_rows(8, 2))
-    assert held(ReferenceStore.at(store.path), some_rows(8, 2))
+    assert held(ReferenceStore.at(store.path), some_rows(8, 1))
+
+
+def test_a_lost_identity_is_named_and_written_again_by_the_next_run_that_only_reads(tmp_path: Path):
+    store = a_store(tmp_path, 1)
+    (store.path / "identity.json").unlink()
+    (lost,) = verify_store(store.path).damaged
+    assert lost.path == store.path / "identity.json"
+    assert "missing" in lost.reason
+    assert plan_pruning(tmp_path, damaged=True) == []  # there is nothing to remove
+    for path in store.path.iterdir():
+        os.utime(path, (1e9, 1e9))
+    assert held(ReferenceStore(tmp_path, IDENTITY), some_rows(8, 1))
+    assert verify_store(store.path).damaged == ()
+    assert plan_pruning(tmp_path, unused_days=30) == []
+    assert held(ReferenceStore.at(store.path), some_rows(8, 1))
+
+
+def test_reading_shards_without_an_identity_needs_no_right_to_write_it(tmp_path: Path, monkeypatch):
+    store = a_store(tmp_path, 1)
+    (store.path / "identity.json").unlink()
+
+    def refuse(*_: object) -> None:
+        raise PermissionError("read-only")
+
+    monkeypatch.setattr("axolotl_dpo_ext.reference.store.write_whole", refuse)
+    assert held(ReferenceStore(tmp_path, IDENTITY), some_rows(8, 1))
 
 
 def test_the_identity_of_another_store_is_named_as_foreign(tmp_path: Path):
@@ -365,6 +397,35 @@ def test_a_place_that_cannot_be_written_is_told_early_with_what_to_change(tmp_pa
             write()
         for part in (str(store.path), "NotADirectoryError", "dpo_ext.reference.store", STORE_VARIABLE):
             assert part in str(caught.value)
+        assert "fix: remove or rename it" in str(caught.value)
+
+
+def test_a_root_where_no_store_can_be_is_a_problem_of_the_setting_that_names_it(tmp_path: Path, monkeypatch):
+    file, broken = tmp_path / "file", tmp_path / "broken"
+    file.write_text("no folder")
+    broken.symlink_to(tmp_path / "nowhere")
+    monkeypatch.setenv(STORE_VARIABLE, str(file))
+    for setting, path in ((str(file), file), (str(file / "below"), file), (str(broken), broken), (None, file)):
+        problem = root_problem(setting)
+        assert problem is not None
+        assert problem.setting == ("dpo_ext.reference.store" if setting else STORE_VARIABLE)
+        assert problem.reason == f"{path} is there, and is no folder"
+        assert problem.fix.startswith("remove or rename it")
+    for fine in (tmp_path, tmp_path / "a" / "b"):
+        assert root_problem(str(fine)) is None
+    assert sorted(tmp_path.iterdir()) == [broken, file]
+
+
+def test_a_root_that_can_only_be_read_is_none_unless_it_has_to_be_made(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda _path, rights: not rights & os.W_OK)
+    assert root_problem(str(tmp_path)) is None
+    problem = root_problem(str(tmp_path / "absent"))
+    assert problem is not None
+    assert problem.reason == f"it does not exist, and {tmp_path} can't be written"
+    monkeypatch.setattr(os, "access", lambda _path, _rights: False)
+    problem = root_problem(str(tmp_path))
+    assert problem is not None
+    assert problem.reason == f"{tmp_path} can't be read"
 
 
 def test_a_place_that_can_be_written_is_left_without_a_trace_of_the_probe(tmp_path: Path):
@@ -425,7 +486,7 @@ def test_an_export_that_fails_leaves_no_file(tmp_path: Path):
     store = a_store(tmp_path, 1)
     with pytest.raises(ValueError, match=r"\.parquet, \.jsonl"):
         export_store(store.path, tmp_path / "rows.csv")
-    with pytest.raises(OSError, match="No such file"):
+    with pytest.raises(OSError, match="no folder"):
         export_store(store.path, tmp_path / "absent" / "rows.jsonl")
     assert [path.name for path in tmp_path.iterdir()] == [store.path.name]
 
