@@ -20,7 +20,7 @@ def benchmark(name: str, *arguments: object) -> dict:
         [sys.executable, ROOT / "benchmarks" / f"{name}.py", *map(str, arguments)],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
         check=False,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )

@@ -38,7 +38,7 @@ CHAT_DATASET = {
 
 
 def run(
-    command: list[object], folder: Path, timeout: int = 600, **environment: str
+    command: list[object], folder: Path, timeout: int = 900, **environment: str
 ) -> subprocess.CompletedProcess[str]:
     """Runs a command in a folder, with the environment's commands first on PATH, and returns its output.
 

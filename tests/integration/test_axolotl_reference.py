@@ -138,12 +138,15 @@ def test_two_processes_that_accelerate_starts_prepare_the_values_of_one(inputs: 
     for processes in (1, 2):
         folder, store = tmp_path / f"by-{processes}", tmp_path / f"store-{processes}"
         done = precompute(made, folder, store, processes)
-        told = json.loads(done.stdout[done.stdout.rindex('{"train"') :].partition("\n")[0])
+        told = json.loads(done.stdout[done.stdout.rindex('{"root"') :].partition("\n")[0])
+        assert told["root"] == str(store)
         (path,) = (file.parent for file in store.glob("*/identity.json"))
         found[processes] = path.name, ReferenceStore.at(path).rows()
         by = {file.name: sum(map(int, file.read_text().split())) for file in folder.glob("stored-by-*")}
         assert set(by) == ({"stored-by-one"} if processes == 1 else {"stored-by-0", "stored-by-1"})
-        assert sum(by.values()) == sum(each["computed"] for each in told.values()) == len(found[processes][1])
+        assert (
+            sum(by.values()) == sum(each["computed"] for each in told["datasets"].values()) == len(found[processes][1])
+        )
         assert min(by.values()) > 100  # each of two its share
     (name, one), (other, two) = found[1], found[2]
     assert name == other

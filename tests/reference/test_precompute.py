@@ -366,7 +366,7 @@ def start(code: str, root: Path, *arguments: object) -> subprocess.Popen[str]:
     return child_processes.start(PRELUDE + code, root, *arguments)
 
 
-def result(process: subprocess.Popen[str], timeout: float = 60) -> Any:
+def result(process: subprocess.Popen[str], timeout: float = 240) -> Any:
     return child_processes.result(process, timeout)
 
 
@@ -627,7 +627,7 @@ def one():
     report("one", 0, scorer)
 
 runs = torchrun("two", scorer) + torchrun("failing", failing) + torchrun("apart", scorer, ("a", "b")) + [forked(one)]
-deadline = time.monotonic() + 50
+deadline = time.monotonic() + 200
 while runs and time.monotonic() < deadline:
     runs = [child for child in runs if os.waitpid(child, os.WNOHANG)[0] == 0]
     time.sleep(0.01)

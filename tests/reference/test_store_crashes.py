@@ -44,7 +44,7 @@ def start(code: str, root: Path, *arguments: object) -> subprocess.Popen[str]:
 
 
 def result(process: subprocess.Popen[str]) -> object:
-    return child_processes.result(process, timeout=120)
+    return child_processes.result(process, timeout=300)
 
 
 def content(root: Path) -> bytes:

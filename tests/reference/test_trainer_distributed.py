@@ -69,7 +69,7 @@ def test_two_processes_train_as_with_trl_and_refuse_a_model_that_one_of_them_lac
     }  # fmt: skip
     done = subprocess.run(
         [*launcher, str(script), str(model_dir), str(tmp_path)],
-        env=environment, capture_output=True, text=True, timeout=150, check=False,
+        env=environment, capture_output=True, text=True, timeout=450, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
     for rank in (0, 1):
