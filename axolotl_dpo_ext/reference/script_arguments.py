@@ -20,6 +20,8 @@ def check_arguments(given: Mapping[str, Any], reference: Any, checkpoint: Any) -
     Raises:
         RunStopped: One of them can't be what is meant.
     """
+    if given.get("model") is None:
+        _refuse("no `model` was given", "there is nothing to train", "pass a model, or the name of one, as `model`")
     if given.get("args") is None:
         _refuse(
             "no `args` were given", "the reference strategies set a part of them", "pass `args=DPOConfig(output_dir=…)`"

@@ -123,6 +123,7 @@ def test_the_mixin_behind_the_trainer_is_refused_where_the_class_is_made():
         ({"checkpoint": "org/name"}, r"checkpoint=Checkpoint\('org/name'\)"),
         ({"ref_model": "org/name"}, "load it with `AutoModelForCausalLM"),
         ({"args": None}, "no `args` were given"),
+        ({"model": None}, "no `model` was given"),
         ({"train_dataset": Dataset.from_list([])}, "`train_dataset` has no rows"),
         ({"eval_dataset": {"one": make_pairs(2), "none": Dataset.from_list([])}}, "`eval_dataset` has no rows"),
     ],
@@ -130,9 +131,9 @@ def test_the_mixin_behind_the_trainer_is_refused_where_the_class_is_made():
 def test_arguments_that_cannot_be_meant_are_refused(
     wrong: dict[str, Any], told: str, model_dir: Path, arguments: Arguments, store: Path
 ):
-    given: dict[str, Any] = {"reference": "precomputed", **arguments(), **wrong}
+    given: dict[str, Any] = {"model": str(model_dir), "reference": "precomputed", **arguments(), **wrong}
     with pytest.raises(RunStopped, match=rf"{told}") as stopped:
-        ReferenceDPOTrainer(str(model_dir), **given)
+        ReferenceDPOTrainer(**given)
     for part in ("why:", "fix:"):
         assert part in str(stopped.value)
 

@@ -3,51 +3,33 @@
 from __future__ import annotations
 
 import gc
-import importlib.util
 import math
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 from trl import DPOTrainer
 
 from axolotl_dpo_ext.reference import (
     Checkpoint,
-    PairLogProbs,
-    Reference,
     ReferenceDPOTrainer,
-    ReferenceStrategy,
 )
-from axolotl_dpo_ext.reference.identity import reference_identity
 from axolotl_dpo_ext.reference.losses import SERVED
 from axolotl_dpo_ext.reference.processes import Processes
-from axolotl_dpo_ext.reference.rows import LogProbDefinition
 from axolotl_dpo_ext.settings import ReferenceSettings
 from axolotl_dpo_ext.vocabulary import ConfigurationError, RunStopped
-from tests.reference.conftest import make_pairs, reuses
+from tests.reference.conftest import make_pairs
+from tests.reference.training import LORA, Arguments, changed_in_memory, trajectory
 
 pytestmark = pytest.mark.stack
-
-Arguments = Callable[..., dict[str, Any]]
-LORA = {"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 
 
 def lora() -> dict[str, Any]:
     return {"peft_config": LoraConfig(**LORA)}
-
-
-def trajectory(trainer: Any) -> list[float]:
-    """Trains, and returns each step's loss and gradient norm, and each evaluation's loss."""
-    trainer.train()
-    kept = ("loss", "grad_norm", "eval_loss")
-    return [entry[name] for entry in trainer.state.log_history for name in kept if name in entry]
 
 
 @pytest.mark.parametrize(
@@ -103,36 +85,6 @@ def test_normalisation_and_truncation_are_trls(
     plain = trajectory(DPOTrainer(str(model_dir), **arguments(**options)))
     ours = trajectory(ReferenceDPOTrainer(str(model_dir), **arguments(**options), reference=strategy))
     assert ours == pytest.approx(plain, rel=1e-4, abs=1e-6)
-
-
-def test_stores_of_the_same_weights_that_cannot_serve_are_named_with_what_differs(
-    model_dir: Path, arguments: Arguments, store: Path, caplog: pytest.LogCaptureFixture
-):
-    caplog.set_level("INFO")
-    ReferenceDPOTrainer(str(model_dir), **arguments(ld_alpha=0.5), reference="precomputed")
-    (first,) = (path for path in store.iterdir() if path.name != "weights")
-    assert "can't serve" not in caplog.text
-    ReferenceDPOTrainer(str(model_dir), **arguments(), reference="precomputed")
-    assert f"{first} holds values of the same weights, which can't serve: ld_alpha 0.5 (now None)" in caplog.text
-
-
-def test_a_model_that_brings_its_own_code_is_identified_by_it_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    code = "from transformers import LlamaForCausalLM\nclass Own(LlamaForCausalLM):\n    pass\n"
-    identities = []
-    for text in (code, code, code + "    more = 1\n"):
-        (tmp_path / "own_model.py").write_text(text)
-        spec = importlib.util.spec_from_file_location("own_model", tmp_path / "own_model.py")
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        monkeypatch.setitem(sys.modules, "own_model", module)
-        spec.loader.exec_module(module)
-        torch.manual_seed(0)
-        model = module.Own(
-            LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
-        )
-        identities.append(reference_identity(model, False, LogProbDefinition(), None, None))
-    assert identities[0] == identities[1] != identities[2]
 
 
 def test_longer_rows_of_a_model_that_scales_positions_by_them_are_refused_also_after_shorter_ones(
@@ -197,89 +149,6 @@ def test_no_reference_model_is_alive_under_precomputed(model_dir: Path, argument
         trainer.train()
         del trainer, policy, alive
         gc.collect()
-
-
-def test_another_beta_rate_seed_rank_or_folder_computes_nothing(
-    model_dir: Path, arguments: Arguments, store: Path, tmp_path: Path, forwards: list[int]
-):
-    ReferenceDPOTrainer(str(model_dir), **arguments(), reference="precomputed")
-    assert forwards
-    forwards.clear()
-    changes: list[dict[str, Any]] = [
-        {"beta": 0.7}, {"learning_rate": 1e-5}, {"seed": 77}, {"output_dir": str(tmp_path / "elsewhere")},
-        {"loss_type": ["ipo"]}, {"per_device_train_batch_size": 1}, {"max_length": 60},
-    ]  # fmt: skip
-    for change in changes:
-        ReferenceDPOTrainer(str(model_dir), **arguments(**change), reference="precomputed")
-    for rank in (2, 8):
-        peft = LoraConfig(**{**LORA, "r": rank})
-        ReferenceDPOTrainer(str(model_dir), **arguments(), peft_config=peft, reference="precomputed")
-    given = arguments()
-    given["train_dataset"] = given["train_dataset"].shuffle(seed=1).select(range(7))
-    ReferenceDPOTrainer(str(model_dir), **given, reference="precomputed")
-    assert forwards == []
-
-
-def test_whatever_the_values_depend_on_makes_them_be_computed_again(
-    model_dir: Path, arguments: Arguments, store: Path, forwards: list[int]
-):
-    def make(model: Any = None, **options: Any) -> Any:
-        init = options.pop("init", None)
-        given = arguments(**options, **({"model_init_kwargs": init} if init else {}))
-        return ReferenceDPOTrainer(model or str(model_dir), **given, reference="precomputed")
-
-    make()
-    assert reuses(make, forwards)
-    assert not reuses(lambda: make(max_length=8), forwards)
-    assert not reuses(lambda: make(max_length=8, truncation_mode="keep_end"), forwards)
-    assert not reuses(lambda: make(ld_alpha=0.5), forwards)
-    assert not reuses(lambda: make(init={"dtype": "bfloat16"}), forwards)
-    assert not reuses(lambda: make(init={"attn_implementation": "eager"}), forwards)
-    assert reuses(make, forwards)
-
-
-def test_one_bit_of_the_weights_makes_them_be_computed_again(
-    model_dir: Path, arguments: Arguments, store: Path, forwards: list[int]
-):
-    def given_as_object(flip: bool) -> Any:
-        model = AutoModelForCausalLM.from_pretrained(model_dir)
-        if flip:
-            bits = model.model.layers[1].mlp.up_proj.weight.data.view(torch.int32)
-            bits[0, 0] ^= 1
-        return ReferenceDPOTrainer(model, **arguments(), reference="precomputed")
-
-    given_as_object(False)
-    assert reuses(lambda: given_as_object(False), forwards)
-    assert not reuses(lambda: given_as_object(True), forwards)
-
-    ReferenceDPOTrainer(str(model_dir), **arguments(), reference="precomputed")
-    file = model_dir / "model.safetensors"
-    data = bytearray(file.read_bytes())
-    data[-9] ^= 1
-    file.write_bytes(data)
-    assert not reuses(lambda: ReferenceDPOTrainer(str(model_dir), **arguments(), reference="precomputed"), forwards)
-
-
-def test_a_token_a_new_row_or_a_tokenizer_changes_only_the_rows_that_it_changes(
-    model_dir: Path, arguments: Arguments, store: Path
-):
-    def computed(given: dict[str, Any]) -> float:
-        trainer = ReferenceDPOTrainer(str(model_dir), **given, reference="precomputed")
-        return trainer.reference_record["train"]["computed"]
-
-    assert computed(arguments()) == 24
-    given = arguments()
-    rows = given["train_dataset"].to_list()
-    rows[4]["chosen"] += " w1"
-    assert computed(given | {"train_dataset": Dataset.from_list(rows)}) == 1
-    assert computed(given | {"train_dataset": make_pairs(14)}) == 4
-    swapped = arguments()
-    vocabulary = (model_dir / "tokenizer.json").read_text(encoding="utf-8").replace('"w1"', '"swap"')
-    (model_dir / "tokenizer.json").write_text(
-        vocabulary.replace('"w2"', '"w1"').replace('"swap"', '"w2"'), encoding="utf-8"
-    )
-    swapped["processing_class"] = type(swapped["processing_class"]).from_pretrained(model_dir)
-    assert 0 < computed(swapped) <= 24
 
 
 def test_a_continued_adapter_is_part_of_the_reference(model_dir: Path, arguments: Arguments, store: Path):
@@ -367,128 +236,6 @@ def test_one_sweep_for_all_micro_batches_of_a_step(
     assert handed == [2, 2, 2]
 
 
-@pytest.fixture
-def third_party(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Returns a function that registers a strategy called ``third``, whose reference is the one given."""
-    from axolotl_dpo_ext import plugins
-
-    def register(reference: Reference, initial_policy: bool = False) -> None:
-        class Third(ReferenceStrategy):
-            name, summary, hands_over, is_initial_policy = "third", "a third party's", True, initial_policy
-
-            def problems(self, config: Any) -> list[Any]:
-                return []
-
-            def reference(self, policy: Any) -> Reference:
-                return reference
-
-        monkeypatch.setitem(plugins.extensions().reference_strategies, "third", Third())
-
-    return register
-
-
-class Constant(Reference):
-    def __init__(self, value: float = -7.0) -> None:
-        self.value = value
-
-    def for_batches(self, batches: Any) -> Any:
-        return [(torch.full((len(b["input_ids"]) // 2,), self.value),) * 2 for b in batches]
-
-
-def test_a_third_partys_strategy_hands_over_its_own(model_dir: Path, arguments: Arguments, third_party: Any):
-    third_party(Constant())
-    trainer = ReferenceDPOTrainer(str(model_dir), **arguments(), reference="third")
-    assert len(trajectory(trainer)) == 6
-
-
-class KnowsTrainingPairs(Constant):
-    def for_dataset(self, dataset: Dataset, name: str) -> PairLogProbs | None:
-        values = np.full(len(dataset), self.value, np.float32)
-        return PairLogProbs(values, values, computed=len(dataset), seconds=0.0) if name == "train" else None
-
-
-def test_a_third_partys_reference_may_know_one_dataset_and_be_asked_for_the_batches_of_another(
-    model_dir: Path, arguments: Arguments, third_party: Any
-):
-    def train(reference: Reference) -> list[float]:
-        third_party(reference)
-        given = arguments(eval_strategy="steps", eval_steps=1) | {"eval_dataset": make_pairs(4, first=50)}
-        return trajectory(ReferenceDPOTrainer(str(model_dir), **given, reference="third"))
-
-    assert train(KnowsTrainingPairs()) == pytest.approx(train(Constant()), rel=1e-5)
-
-
-def test_a_third_partys_reference_is_asked_for_the_batches_of_an_evaluation_set_that_comes_later(
-    model_dir: Path, arguments: Arguments, third_party: Any
-):
-    losses = []
-    for reference in (KnowsTrainingPairs(), Constant()):
-        third_party(reference, initial_policy=True)
-        trainer = ReferenceDPOTrainer(str(model_dir), **arguments(), reference="third")
-        losses.append(trainer.evaluate(make_pairs(4, first=50))["eval_loss"])
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
-
-
-def with_stale_columns(dataset: Dataset) -> Dataset:
-    return dataset.add_column("ref_chosen_logps", [-1.0] * len(dataset)).add_column(
-        "ref_rejected_logps", [-500.0] * len(dataset)
-    )
-
-
-@pytest.mark.parametrize("strategy", ["precomputed", "cpu_offload", "third"])
-def test_columns_that_a_dataset_came_with_are_dropped_with_a_warning(
-    strategy: str,
-    model_dir: Path,
-    arguments: Arguments,
-    store: Path,
-    third_party: Any,
-    caplog: pytest.LogCaptureFixture,
-):
-    third_party(Constant())
-
-    def losses(change: Callable[[Dataset], Dataset]) -> list[float]:
-        caplog.clear()
-        given = arguments(eval_strategy="steps", eval_steps=1)
-        given["train_dataset"] = change(given["train_dataset"])
-        sets = {"first": change(make_pairs(4, first=50)), "second": make_pairs(4, first=80)}
-        # A reference of one's own: the values of the first batch can't be compared with the policy's.
-        own = None if strategy == "third" else changed_in_memory(model_dir)
-        trainer = ReferenceDPOTrainer(str(model_dir), own, **given, eval_dataset=sets, reference=strategy)
-        trainer.train()
-        kept = ("loss", "eval_first_loss", "eval_second_loss")
-        return [entry[name] for entry in trainer.state.log_history for name in kept if name in entry]
-
-    def warnings() -> list[str]:
-        return [record.getMessage() for record in caplog.records if "came with" in record.getMessage()]
-
-    plain = losses(lambda dataset: dataset)
-    assert (len(plain), warnings()) == (9, [])
-    assert losses(with_stale_columns) == pytest.approx(plain, rel=1e-5)
-    assert [text.partition(" came with")[0] for text in warnings()] == ["the train pairs", "the first pairs"]
-    assert all("ref_chosen_logps and ref_rejected_logps" in text for text in warnings())
-    assert all("fix: remove the columns" in text for text in warnings())
-
-
-@pytest.mark.parametrize("strategy", ["precomputed", "cpu_offload"])
-def test_columns_of_an_evaluation_set_that_comes_later_are_dropped_too(
-    strategy: str, model_dir: Path, arguments: Arguments, store: Path
-):
-    trainer = ReferenceDPOTrainer(str(model_dir), **arguments(), reference=strategy)
-    assert trainer.evaluate(with_stale_columns(make_pairs(4, first=50)))["eval_loss"] == pytest.approx(math.log(2))
-
-
-@pytest.mark.parametrize("known", [True, False])
-def test_columns_of_a_streamed_dataset_are_dropped_too(known: bool, model_dir: Path, arguments: Arguments):
-    def first_loss(change: Callable[[Dataset], Dataset]) -> float:
-        streamed = change(make_pairs(12)).to_iterable_dataset()
-        streamed = streamed if known else streamed.map(lambda row: row)  # its columns are not known from here on
-        given = arguments() | {"train_dataset": streamed}
-        own = changed_in_memory(model_dir)
-        return trajectory(ReferenceDPOTrainer(str(model_dir), own, **given, reference="cpu_offload"))[0]
-
-    assert first_loss(with_stale_columns) == pytest.approx(first_loss(lambda dataset: dataset), rel=1e-5)
-
-
 class AnotherProcess(Processes):
     """The second of two processes, the first of which says ``gpu``."""
 
@@ -511,16 +258,6 @@ def test_every_process_takes_the_first_ones_automatic_choice(
     assert strategy.name == "gpu"
     with pytest.raises(RunStopped, match="different reference strategies: gpu, precomputed"):
         trainer._choose(ReferenceSettings(strategy="precomputed"), given, None)
-
-
-def test_values_that_are_not_finite_stop_the_run_before_the_first_step(
-    model_dir: Path, arguments: Arguments, third_party: Any
-):
-    third_party(Constant(-math.inf))
-    trainer = ReferenceDPOTrainer(str(model_dir), **arguments(), reference="third")
-    # Nothing is stored by most strategies, and a store takes no such values: there is nothing to remove.
-    with pytest.raises(RunStopped, match=r"not finite\n +why: .*\n +fix: compute them in bfloat16 or float32"):
-        trainer.train()
 
 
 def test_a_new_evaluation_set_after_training(model_dir: Path, arguments: Arguments, store: Path):
@@ -550,14 +287,6 @@ def test_a_streamed_dataset_is_refused_by_name(model_dir: Path, arguments: Argum
         ReferenceDPOTrainer(str(model_dir), **given, reference="precomputed")
 
 
-def changed_in_memory(model_dir: Path) -> Any:
-    torch.manual_seed(9)
-    model = AutoModelForCausalLM.from_pretrained(model_dir)
-    for parameter in model.parameters():
-        parameter.data += 0.05 * torch.randn_like(parameter)
-    return model
-
-
 @pytest.mark.parametrize("strategy", ["gpu", "precomputed", "cpu_offload", "auto"])
 def test_a_model_that_a_script_changed_is_its_own_reference(
     strategy: str, model_dir: Path, arguments: Arguments, store: Path
@@ -585,23 +314,6 @@ def test_evaluation_sets_beside_a_continued_adapter_or_a_reference_of_ones_own(
     assert continued.evaluate()["eval_second_loss"] == pytest.approx(math.log(2), abs=1e-5)
 
 
-def test_a_continued_adapters_scaling_is_part_of_its_identity(
-    model_dir: Path, arguments: Arguments, store: Path, forwards: list[int]
-):
-    def make(alpha: int) -> Any:
-        torch.manual_seed(1)
-        config = LoraConfig(**LORA, lora_alpha=alpha)
-        model = get_peft_model(AutoModelForCausalLM.from_pretrained(model_dir), config)
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                torch.nn.init.normal_(parameter, std=0.1)
-        return ReferenceDPOTrainer(model, **arguments(), reference="precomputed")
-
-    make(8)
-    assert reuses(lambda: make(8), forwards)
-    assert not reuses(lambda: make(32), forwards)
-
-
 def test_pissa_and_modules_saved_whole_have_the_policy_before_its_first_step(
     model_dir: Path, arguments: Arguments, store: Path
 ):
@@ -612,18 +324,6 @@ def test_pissa_and_modules_saved_whole_have_the_policy_before_its_first_step(
     peft = LoraConfig(**LORA, modules_to_save=["lm_head"])
     trainer = ReferenceDPOTrainer(str(model_dir), **arguments(), peft_config=peft, reference="adapter")
     assert trajectory(trainer)[0] == pytest.approx(math.log(2), abs=1e-4)
-
-
-def test_weights_from_a_subfolder_are_not_taken_for_the_folders(
-    model_dir: Path, arguments: Arguments, store: Path, forwards: list[int]
-):
-    changed_in_memory(model_dir).save_pretrained(model_dir / "other")
-
-    def make(**init: Any) -> Any:
-        return ReferenceDPOTrainer(str(model_dir), **arguments(model_init_kwargs=init), reference="precomputed")
-
-    make(attn_implementation="sdpa")
-    assert not reuses(lambda: make(attn_implementation="sdpa", subfolder="other"), forwards)
 
 
 def test_the_callers_arguments_stay_as_they_were(model_dir: Path, arguments: Arguments, store: Path):
