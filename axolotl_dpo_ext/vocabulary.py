@@ -183,7 +183,7 @@ class Histogram:
 
     def _axis_fault(self) -> str:
         shown = [*self.edges, *(() if self.marker is None else (self.marker,))]
-        if not all(abs(value) < 1e300 for value in shown):  # below the largest float: widths are finite too
+        if not all(abs(float(value)) < 1e300 for value in shown):  # below the largest float: widths are finite too
             return "an edge or the marker is not finite; leave values that are not out of the bins"
         if not all(low < high for low, high in pairwise(self.edges)):
             return "its edges do not ascend; sort them and leave out repeated ones"
