@@ -7,8 +7,10 @@ run report) is built from these plain dataclasses; the plugin and the command li
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 
@@ -137,6 +139,83 @@ class Chart:
 
 
 @dataclass(frozen=True)
+class Histogram:
+    """How many rows have a value in each bin, in a report section.
+
+    Attributes:
+        title: Shown above the histogram.
+        edges: Edges of the ``k`` bins, length ``k + 1``, ascending, in the unit of ``x_label``.
+        counts: Rows in each bin, length ``k``, by the name of the set they are of: one set, or two of which the
+            second is what is left of the first, such as ``all pairs`` and ``kept``.
+        x_label: Name and unit of the values.
+        y_label: What is counted.
+        marker: A value to mark with a vertical line, such as a threshold, or ``None``.
+        marker_label: What the line stands for.
+        log_x: Whether the horizontal axis is logarithmic, for values whose few largest are many times the rest.
+
+    Raises:
+        ValueError: If there are not one or two sets, edges and counts do not fit one another, or a number is one
+            that cannot be drawn.
+    """
+
+    title: str
+    edges: Sequence[float]
+    counts: Mapping[str, Sequence[int]]
+    x_label: str = "score"
+    y_label: str = "pairs"
+    marker: float | None = None
+    marker_label: str = "threshold"
+    log_x: bool = False
+
+    def __post_init__(self) -> None:
+        if fault := self._sets_fault() or self._axis_fault():
+            raise ValueError(f"histogram {self.title!r} cannot be drawn: {fault}")
+
+    def _sets_fault(self) -> str:
+        if len(self.counts) not in (1, 2):
+            return f"it has {len(self.counts)} sets of counts; give one, or two that lie over one another"
+        for name, counts in self.counts.items():
+            if len(counts) != len(self.edges) - 1 or not len(counts):
+                return f"{len(counts)} counts of {name!r} for {len(self.edges)} edges; k bins have k + 1 edges"
+            if not all(0 <= count < math.inf for count in counts):
+                return f"a count of {name!r} is negative or not finite; count the rows in each bin"
+        return ""
+
+    def _axis_fault(self) -> str:
+        shown = [*self.edges, *(() if self.marker is None else (self.marker,))]
+        if not all(abs(float(value)) < 1e300 for value in shown):  # below the largest float: widths are finite too
+            return "an edge or the marker is not finite; leave values that are not out of the bins"
+        if not all(low < high for low, high in pairwise(self.edges)):
+            return "its edges do not ascend; sort them and leave out repeated ones"
+        if self.log_x and min(shown) <= 0:
+            return f"a logarithmic axis has no place for {min(shown):g}; use positive values or log_x=False"
+        return ""
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row, shown so that a reader can judge it.
+
+    Attributes:
+        title: Which row, and why it is shown, such as ``row 17 of a.jsonl, 7.3 > 2``.
+        prompt: An excerpt of the prompt, or ``""``.
+        answers: ``(name, excerpt)`` pairs such as ``("chosen", "Yes.")``, shown side by side.
+    """
+
+    title: str
+    prompt: str
+    answers: Sequence[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class ExampleGroup:
+    """Examples of one thing, folded away under a title such as ``length_ratio: 3 of 120 flagged pairs``."""
+
+    title: str
+    examples: Sequence[Example]
+
+
+@dataclass(frozen=True)
 class Section:
     """What one room has to say in the run report, in the order in which it is shown.
 
@@ -146,6 +225,8 @@ class Section:
         facts: ``(name, value)`` pairs.
         tables: Tables.
         charts: Charts.
+        histograms: Histograms.
+        examples: Groups of example rows.
         notes: Diagnoses and advice, one sentence each.
         data: The section's figures for the JSON beside the page; must be JSON-serialisable.
     """
@@ -155,5 +236,7 @@ class Section:
     facts: Sequence[tuple[str, Any]] = ()
     tables: Sequence[Table] = ()
     charts: Sequence[Chart] = ()
+    histograms: Sequence[Histogram] = ()
+    examples: Sequence[ExampleGroup] = ()
     notes: Sequence[str] = ()
     data: dict[str, Any] = field(default_factory=dict)

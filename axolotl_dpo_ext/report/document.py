@@ -22,7 +22,7 @@ from axolotl_dpo_ext.vocabulary import Decision, Section
 JSON_NAME = "dpo_report.json"
 HTML_NAME = "dpo_report.html"
 LOG_NAME = "preference_log.jsonl"  # as trl_callbacks.PreferenceLogCallback writes it
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 1  # raised where an older reader would misread a file, not for a part that it would only not show
 
 
 @dataclass

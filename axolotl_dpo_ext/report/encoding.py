@@ -8,7 +8,7 @@ from collections.abc import Mapping, Set
 from enum import Enum
 from typing import Any
 
-from axolotl_dpo_ext.vocabulary import Chart, Decision, Section, Series, Table
+from axolotl_dpo_ext.vocabulary import Chart, Decision, Example, ExampleGroup, Histogram, Section, Series, Table
 
 _SECRET_KEY = re.compile(
     r"((^|[_.-])(hub|hf|huggingface|auth|access|bearer|api|session|github|gitlab)_?token|^token|api_?keys?|password|passwd"
@@ -75,6 +75,8 @@ def section_to_json(section: Section) -> dict[str, Any]:
             for t in section.tables
         ],
         "charts": [_chart_to_json(chart) for chart in section.charts],
+        "histograms": [_histogram_to_json(histogram) for histogram in section.histograms],
+        "examples": [_examples_to_json(group) for group in section.examples],
         "notes": [str(note) for note in section.notes],
         "data": plain(section.data),
     }
@@ -85,6 +87,7 @@ def section_from_json(value: Mapping[str, Any]) -> Section:
 
     Raises:
         KeyError: If a part without which there is nothing to show is missing.
+        ValueError: If a histogram cannot be drawn.
     """
     return Section(
         title=value["title"],
@@ -95,6 +98,8 @@ def section_from_json(value: Mapping[str, Any]) -> Section:
             for t in value.get("tables", ())
         ),
         charts=tuple(_chart_from_json(chart) for chart in value.get("charts", ())),
+        histograms=tuple(_histogram_from_json(histogram) for histogram in value.get("histograms", ())),
+        examples=tuple(_examples_from_json(group) for group in value.get("examples", ())),
         notes=tuple(value.get("notes", ())),
         data=value.get("data", {}),
     )
@@ -127,4 +132,54 @@ def _chart_from_json(value: Mapping[str, Any]) -> Chart:
         x_label=value.get("x_label", "step"),
         y_label=value.get("y_label", ""),
         baseline=None if baseline is None else float(baseline),
+    )
+
+
+def _histogram_to_json(histogram: Histogram) -> dict[str, Any]:
+    return {
+        "title": str(histogram.title),
+        "edges": [float(edge) for edge in histogram.edges],
+        "counts": {str(name): [int(count) for count in counts] for name, counts in histogram.counts.items()},
+        "x_label": str(histogram.x_label),
+        "y_label": str(histogram.y_label),
+        "marker": None if histogram.marker is None else float(histogram.marker),
+        "marker_label": str(histogram.marker_label),
+        "log_x": bool(histogram.log_x),
+    }
+
+
+def _histogram_from_json(value: Mapping[str, Any]) -> Histogram:
+    return Histogram(
+        title=value["title"],
+        edges=tuple(value["edges"]),
+        counts={name: tuple(counts) for name, counts in value["counts"].items()},
+        x_label=value["x_label"],
+        y_label=value["y_label"],
+        marker=value["marker"],
+        marker_label=value["marker_label"],
+        log_x=value["log_x"],
+    )
+
+
+def _examples_to_json(group: ExampleGroup) -> dict[str, Any]:
+    return {
+        "title": str(group.title),
+        "examples": [
+            {
+                "title": str(example.title),
+                "prompt": str(example.prompt),
+                "answers": [[str(name), str(text)] for name, text in example.answers],
+            }
+            for example in group.examples
+        ],
+    }
+
+
+def _examples_from_json(value: Mapping[str, Any]) -> ExampleGroup:
+    return ExampleGroup(
+        title=value["title"],
+        examples=tuple(
+            Example(one["title"], one["prompt"], tuple((name, text) for name, text in one["answers"]))
+            for one in value["examples"]
+        ),
     )

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup
 
+from axolotl_dpo_ext.report.histogram import histogram_chart
 from axolotl_dpo_ext.report.svg import line_chart
 from axolotl_dpo_ext.report.training import is_training
-from axolotl_dpo_ext.vocabulary import Chart, Table
+from axolotl_dpo_ext.vocabulary import Chart, Histogram, Table
 
 if TYPE_CHECKING:
     from axolotl_dpo_ext.report.document import RunReport
@@ -36,9 +37,9 @@ def render(report: RunReport) -> str:
     """Returns the page: complete HTML, its style and charts inside, with no reference to anything outside."""
     colours = _colours(report)
 
-    def draw(chart: Chart) -> Markup:
+    def draw(chart: Chart | Histogram) -> Markup:
         # Safe to mark as such: ElementTree has escaped every text and attribute of the drawing.
-        return Markup(line_chart(chart, colours))
+        return Markup(histogram_chart(chart) if isinstance(chart, Histogram) else line_chart(chart, colours))
 
     tiles, config = list(_tiles(report)), list(_flat(report.config))
     return _template().render(report=report, tiles=tiles, config=config, draw=draw, figure_columns=_figure_columns)

@@ -14,7 +14,7 @@ from types import MappingProxyType
 import pytest
 
 from axolotl_dpo_ext.report import RunReport, headline, training_section
-from axolotl_dpo_ext.vocabulary import Chart, Decision, Section, Series, Table
+from axolotl_dpo_ext.vocabulary import Chart, Decision, Example, ExampleGroup, Histogram, Section, Series, Table
 from tests.report.preference_logs import end, good_run, measured, start, write
 
 VOID = {"meta", "link", "br", "hr", "img", "input"}
@@ -66,6 +66,12 @@ def full_report(folder: Path) -> RunReport:
             summary="Of 10 pairs 9 are used.",
             facts=(("pairs", 10), ("share", 0.1 + 0.2), ("source", Path("/data/x.jsonl"))),
             tables=(Table(("check", "flagged"), (("equal", 1), ("ratio", 2.5)), "Checks"),),
+            histograms=(Histogram("Similarity", (0.0, 0.5, 1.0), {"all": (8, 2), "kept": (8, 1)}, marker=0.95),),
+            examples=(
+                ExampleGroup(
+                    "equal: 1 of 1 pairs", (Example("row 3", "Why?", (("chosen", "So."), ("rejected", "So."))),)
+                ),
+            ),
             notes=("One pair is equal.",),
             data={"pairs": 10, "worst": math.nan, 1: {"b", "a"}},
         )
@@ -82,6 +88,18 @@ def test_json_round_trip_is_equal(tmp_path):
     assert RunReport.load(tmp_path) == report
     assert len(report.sections) == 2
     assert len(report.sections[1].charts) == 5
+
+
+def test_a_report_from_before_there_were_histograms_is_read(tmp_path):
+    path = full_report(tmp_path).save()
+    written = json.loads(path.read_text(encoding="utf-8"))
+    for section in written["sections"]:
+        del section["histograms"], section["examples"]
+    path.write_text(json.dumps(written), encoding="utf-8")
+    first = RunReport.load(tmp_path).sections[0]
+
+    assert (first.histograms, first.examples) == ((), ())
+    assert first.tables == full_report(tmp_path).sections[0].tables
 
 
 def test_the_json_is_standard_and_leaves_no_temporary_file(tmp_path):
@@ -108,9 +126,13 @@ def test_non_finite_points_survive_the_round_trip(tmp_path):
 def test_values_of_any_type_can_be_reported(tmp_path):
     numpy = pytest.importorskip("numpy")
     config = {"dtype": numpy.float32, "rate": numpy.float64(0.5), "map": MappingProxyType({"a": (1, None)})}
-    report = RunReport(tmp_path, "t", config=config)
+    histogram = Histogram("h", numpy.linspace(0, 1, 3), {"all": numpy.array([1, 2])}, marker=numpy.float32(0.5))
+    report = RunReport(tmp_path, "t", config=config, sections=[Section("s", histograms=[histogram])])
     report.save()
 
+    assert RunReport.load(tmp_path).sections[0].histograms == (
+        Histogram("h", (0.0, 0.5, 1.0), {"all": (1, 2)}, marker=0.5),
+    )
     assert RunReport.load(tmp_path).config["rate"] == 0.5
     assert RunReport.load(tmp_path).config["map"] == {"a": [1, None]}
 
@@ -165,9 +187,10 @@ def test_the_page_is_well_formed_and_holds_the_figures(tmp_path):
     for title in ("Decisions", "Data", "Training", "Configuration", "Reward accuracy", "datasets[0].path"):
         assert title in page.text
     assert "0.30000000000000004" not in page.text
-    assert page.tags.count("svg") == 5
+    assert page.tags.count("svg") == 6
     labels = [value for name, value in page.attributes if name == "aria-label"]
-    assert "held-out from 0 at 0 to 0.938 at 20" in labels[1]
+    assert "kept: 9, most of them (8) from 0 to 0.5; threshold 0.95." in labels[0]
+    assert "held-out from 0 at 0 to 0.938 at 20" in labels[2]
 
 
 def test_the_page_refers_to_nothing_outside_itself(tmp_path):
@@ -190,6 +213,8 @@ def test_what_the_user_controls_is_escaped(tmp_path):
         facts=[(EVIL, EVIL)],
         tables=[Table([EVIL], [[EVIL]], EVIL)],
         charts=[Chart(EVIL, series, x_label=EVIL, y_label=EVIL)],
+        histograms=[Histogram(EVIL, [0, 1], {EVIL: [1]}, EVIL, EVIL, 0.5, EVIL)],
+        examples=[ExampleGroup(EVIL, [Example(EVIL, EVIL, [(EVIL, EVIL)])])],
         notes=[EVIL],
     )
     report = RunReport(tmp_path, EVIL, config={EVIL: EVIL}, decisions=[Decision(EVIL, EVIL, EVIL)], sections=[section])
@@ -198,7 +223,7 @@ def test_what_the_user_controls_is_escaped(tmp_path):
 
     assert not {"script", "img"} & set(page.tags)
     assert not [name for name, _ in page.attributes if name.startswith("on")]
-    assert page.text.count(EVIL) >= 14
+    assert page.text.count(EVIL) >= 27
 
 
 def test_the_page_of_an_empty_report_is_well_formed(tmp_path):
@@ -206,6 +231,19 @@ def test_the_page_of_an_empty_report_is_well_formed(tmp_path):
 
     assert "nothing yet" in page.text
     assert "details" not in page.tags
+
+
+def test_examples_are_folded_with_each_text_in_its_own_direction(tmp_path):
+    example = Example("row 7, 0.97 > 0.95", "", [("chosen", "two\nlines"), ("rejected", "שלום")])
+    section = Section("s", examples=[ExampleGroup("similarity: 1 of 9", [example])])
+    text = RunReport(tmp_path, "t", sections=[section]).write_html().read_text(encoding="utf-8")
+
+    assert re.findall(r'<h4>(\w+)</h4><p dir="auto">([^<]+)</p>', text) == [
+        ("chosen", "two\nlines"),
+        ("rejected", "שלום"),
+    ]
+    assert re.findall(r"<summary>(.+?)</summary>", text) == ["similarity: 1 of 9"]
+    assert "<details open" not in text
 
 
 def test_columns_of_figures_are_right_aligned(tmp_path):

@@ -8,7 +8,8 @@ from xml.etree import ElementTree as ET
 
 import pytest
 
-from axolotl_dpo_ext.report.svg import line_chart, nice_ticks, thin
+from axolotl_dpo_ext.report.axes import nice_ticks
+from axolotl_dpo_ext.report.svg import line_chart, thin
 from axolotl_dpo_ext.vocabulary import Chart, Series
 
 
