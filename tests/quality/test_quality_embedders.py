@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from axolotl_dpo_ext.quality.builtins import embedders
-from axolotl_dpo_ext.quality.embedder_names import embedder_problems, find_embedder
+from axolotl_dpo_ext.quality.embedding import embedder_problems, find_embedder
 from axolotl_dpo_ext.vocabulary import ConfigurationError
 from tests.quality.conftest import sentence
 
@@ -251,7 +251,7 @@ def test_a_tokenizer_that_cannot_say_where_tokens_begin_is_said(
 def test_looking_at_a_name_imports_no_library(tmp_path: Path):
     (tmp_path / "modules.json").write_text(json.dumps([]), encoding="utf-8")
     code = (
-        "import sys\nfrom axolotl_dpo_ext.quality.embedder_names import embedder_problems\n"
+        "import sys\nfrom axolotl_dpo_ext.quality.embedding import embedder_problems\n"
         "for name in (sys.argv[1], 'model2vec:a/b', 'sentence-transformers:c'): embedder_problems(name, [])\n"
         "print({'torch', 'transformers', 'model2vec', 'sentence_transformers', 'datasets'} & set(sys.modules))"
     )
