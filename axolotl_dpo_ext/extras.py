@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from types import ModuleType
 
 
@@ -13,6 +14,11 @@ class MissingExtraError(ImportError):
 def install_line(extra: str) -> str:
     """Returns the command that installs one of this pack's extras, such as ``deepspeed``."""
     return f"pip install 'axolotl-dpo-ext[{extra}]'"
+
+
+def is_installed(module: str) -> bool:
+    """Tells whether a module of an optional dependency is there, without importing it."""
+    return importlib.util.find_spec(module) is not None
 
 
 def require(module: str, extra: str, purpose: str) -> ModuleType:

@@ -94,6 +94,46 @@ def test_scaling_says_cost_and_memory_of_every_size():
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="--scaling reads Linux's own count of memory")
+def test_the_audit_is_measured_against_tokenizing_the_same_texts(tmp_path: Path, model: Path):
+    data = tmp_path / "pairs.jsonl"
+    rows = [
+        {"prompt": f"Add {n} and {n}.", "chosen": f"It is {2 * n} for sure.", "rejected": f"Maybe it was {n}?"}
+        for n in range(12)
+    ]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    result = benchmark(
+        "audit_throughput",
+        "--data",
+        data,
+        "--model",
+        model,
+        "--pairs",
+        30,
+        "--repeats",
+        3,
+        "--scaling",
+        "--sizes",
+        20,
+        40,
+    )
+    found = result["workloads"]["data"]
+    assert found["pairs"] == 30, "more than the file has: copies with changed words"
+    assert found["tokens"] > 30 * 3
+    assert found["heldout"] > 0
+    assert (
+        result["ratio"]
+        == found["ratio"]
+        == pytest.approx(found["ours"]["seconds"] / found["floor"]["seconds"], rel=1e-3)
+    )
+    assert set(result["peers"]) == {"ours_static_model", "semhash", "sentence_transformers"}
+    assert all(one["left_out"] for one in result["peers"].values()), "no model was named"
+    sizes = result["scaling"]["sizes"]
+    assert [one["pairs"] for one in sizes] == [20, 40]
+    assert all(0 < one["peak_gib_before_audit"] <= one["peak_gib"] for one in sizes)
+
+
+@pytest.mark.slow
 def test_what_runs_on_a_gpu_runs_on_a_cpu_with_a_tiny_model(pairs: Path):
     result = benchmark("gpu_memory", "--device", "cpu", "--size", "tiny", "--data", pairs)
     assert set(result["training"]) == {"gpu", "cpu_offload", "precomputed"}
