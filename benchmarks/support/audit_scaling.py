@@ -71,10 +71,12 @@ def write_rows(path: Path, pairs: Sequence[Pair], count: int) -> None:
 def one_pass(data: Path, tokenizer: Any) -> dict[str, Any]:
     """Audits a file of Arrow; runs in a process of its own, whose memory is then the audit's."""
     from datasets import Dataset
+    from reference_scaling import PeakMemory
 
     dataset = Dataset.from_file(str(data))
     before = _peak_gib()
-    seconds, audited = seconds_of(lambda: run_audit(dataset, tokenizer))
+    with PeakMemory() as memory:
+        seconds, audited = seconds_of(lambda: run_audit(dataset, tokenizer))
     return {
         "pairs": len(dataset),
         **outcome(audited),
@@ -82,6 +84,7 @@ def one_pass(data: Path, tokenizer: Any) -> dict[str, Any]:
         "seconds_per_1000": seconds / len(dataset) * 1000,
         "peak_gib": _peak_gib(),
         "peak_gib_before_audit": before,
+        "own_growth_gib": memory.growth / 2**30,  # without the pages of the mapped file, which the kernel can take back
     }
 
 
@@ -98,9 +101,12 @@ def _peak_gib() -> float:
 
 def print_table(scaling: dict[str, Any]) -> None:
     """Prints one line for each size."""
-    print(f"{'pairs':>10} {'seconds':>8} {'s per 1,000':>12} {'peak GiB':>9} {'of it before':>13} {'Arrow GiB':>10}")
+    print(
+        f"{'pairs':>10} {'seconds':>8} {'s per 1,000':>12} {'peak GiB':>9} {'of it before':>13} {'own growth':>11} "
+        f"{'Arrow GiB':>10}"
+    )
     for one in scaling["sizes"]:
         print(
             f"{one['pairs']:>10,} {one['seconds']:>8.1f} {one['seconds_per_1000']:>12.3f} {one['peak_gib']:>9.2f} "
-            f"{one['peak_gib_before_audit']:>13.2f} {one['arrow_gib']:>10.2f}"
+            f"{one['peak_gib_before_audit']:>13.2f} {one['own_growth_gib']:>11.2f} {one['arrow_gib']:>10.2f}"
         )
