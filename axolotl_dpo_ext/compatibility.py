@@ -98,18 +98,13 @@ def rl_kind_is_served(run: Run) -> Iterator[Problem]:
             fix=f"use one of rl: {', '.join(LOGGED_RL)}, or remove the dpo_ext key",
         )
         return
-    parts = (
-        ("quality", run.settings.quality, PAIRED_RL, "its checks compare a chosen with a rejected answer"),
-        ("reference", run.settings.reference, REFERENCE_RL, "that loss has no reference, or not one for pairs"),
-    )
-    for name, asked, served, reason in parts:
-        if asked is not None and run.rl not in served:
-            yield Problem(
-                setting=f"dpo_ext.{name}",
-                found=f"{name}, with rl: {run.rl}",
-                reason=reason,
-                fix=f"remove dpo_ext.{name}, or use one of rl: {', '.join(served)}",
-            )
+    if run.settings.reference is not None and run.rl not in REFERENCE_RL:
+        yield Problem(
+            setting="dpo_ext.reference",
+            found=f"reference, with rl: {run.rl}",
+            reason="that loss has no reference, or not one for pairs",
+            fix=f"remove dpo_ext.reference, or use one of rl: {', '.join(REFERENCE_RL)}",
+        )
 
 
 def liger_with_precompute(run: Run) -> Iterator[Problem]:

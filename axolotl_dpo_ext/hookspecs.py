@@ -13,7 +13,7 @@ import pluggy
 
 if TYPE_CHECKING:
     from axolotl_dpo_ext.hardware import HardwarePreset
-    from axolotl_dpo_ext.quality import Embedder, PairCheck
+    from axolotl_dpo_ext.quality import Check, Embedder
     from axolotl_dpo_ext.reference import ReferenceStrategy
 
 PROJECT = "axolotl_dpo_ext"
@@ -27,7 +27,7 @@ def reference_strategies() -> list[ReferenceStrategy]:  # type: ignore[empty-bod
 
 
 @hookspec
-def pair_checks() -> list[PairCheck]:  # type: ignore[empty-body]
+def pair_checks() -> list[Check]:  # type: ignore[empty-body]
     """Checks that score every preference pair; configured by `dpo_ext: {quality: …}`."""
 
 

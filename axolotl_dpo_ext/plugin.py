@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 
     from axolotl.common.datasets import TrainDatasetMeta
     from axolotl.utils.dict import DictDefault
-    from datasets import Dataset
     from transformers import Trainer, TrainerCallback
 
+    from axolotl_dpo_ext.axolotl_datasets import Loaded
     from axolotl_dpo_ext.configure import Configuration
     from axolotl_dpo_ext.quality import AuditResult
     from axolotl_dpo_ext.report import RunReport
@@ -97,16 +97,19 @@ class DPOExtPlugin(BasePlugin):  # type: ignore[misc] # axolotl ships no types
             return None
         from axolotl.common.datasets import TrainDatasetMeta
 
-        loaded = _load_unsplit(cfg)
-        audited = _audit(loaded.train_dataset, cfg, self._active.settings.quality, self._active.holdout)
-        LOG.info("axolotl-dpo-ext: quality of the preference pairs\n%s", audited.summary_table())
+        from axolotl_dpo_ext.axolotl_datasets import load_sources
+
+        loaded = load_sources(cfg)
+        audited = _audit(loaded, cfg, self._active.settings.quality, self._active.holdout)
         if _is_main_process():
+            LOG.info("axolotl-dpo-ext: quality of the preference pairs\n%s", audited.summary_table())
             audited.write_records(Path(cfg.output_dir) / RECORDS_FILE)
         self._data_section = audited.section()
-        heldout = audited.heldout if self._active.holdout else loaded.eval_dataset
+        train = audited.train.shuffle(seed=cfg.seed) if loaded.shuffles else audited.train
+        heldout = audited.heldout if self._active.holdout else loaded.test
         # As axolotl.common.datasets computes it, of the rows that are left.
-        steps = math.ceil(len(audited.train) * cfg.num_epochs / cfg.batch_size)
-        return TrainDatasetMeta(audited.train, heldout, steps)
+        steps = math.ceil(len(train) * cfg.num_epochs / cfg.batch_size)
+        return TrainDatasetMeta(train, heldout, steps)
 
     def get_training_args(self, cfg: DictDefault) -> dict[str, Any] | None:
         """Sets whether there is an evaluation before the first step, the "before" of the run report.
@@ -190,38 +193,25 @@ def _asks(cfg: DictDefault) -> bool:
     return cfg.get("dpo_ext") is not None and cfg["dpo_ext"] is not False
 
 
-def _load_unsplit(cfg: DictDefault) -> TrainDatasetMeta:
-    """Lets Axolotl load and transform its datasets, without its split by row.
-
-    That split puts the same prompt on both sides; this pack splits by prompt instead.
-    """
-    from axolotl.common.datasets import load_preference_datasets
-
-    val_set_size, cfg.val_set_size = cfg.val_set_size, 0
-    try:
-        return load_preference_datasets(cfg=cfg)
-    finally:
-        cfg.val_set_size = val_set_size
-
-
-def _audit(pairs: Dataset, cfg: DictDefault, settings: QualitySettings, holdout: float) -> AuditResult:
+def _audit(loaded: Loaded, cfg: DictDefault, settings: QualitySettings, holdout: float) -> AuditResult:
+    """Audits what Axolotl loaded; the first process computes the scores, the others read them."""
+    from axolotl.common.const import DEFAULT_DATASET_PREPARED_PATH
     from axolotl.loaders import load_tokenizer
 
     from axolotl_dpo_ext.plugins import extensions
     from axolotl_dpo_ext.quality import audit
 
-    tokenizer = load_tokenizer(cfg)
-
-    def count_tokens(texts: list[str]) -> list[int]:
-        return [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
-
     return audit(
-        pairs,
+        loaded.train,
+        load_tokenizer(cfg),
         settings,
         checks=list(extensions().pair_checks.values()),
         embedders=list(extensions().embedders.values()),
-        count_tokens=count_tokens,
+        max_length=cfg.sequence_len,
         holdout=holdout,
+        test=loaded.test,
+        sources=loaded.sources,
+        cache=Path(cfg.dataset_prepared_path or DEFAULT_DATASET_PREPARED_PATH) / "dpo_ext_audit",
     )
 
 

@@ -22,7 +22,7 @@ from axolotl_dpo_ext.vocabulary import RunStopped
 
 if TYPE_CHECKING:
     from axolotl_dpo_ext.hardware import HardwarePreset
-    from axolotl_dpo_ext.quality import Embedder, PairCheck
+    from axolotl_dpo_ext.quality import Check, Embedder
     from axolotl_dpo_ext.reference import ReferenceStrategy
 
 LOG = logging.getLogger(__name__)
@@ -62,7 +62,7 @@ class Extensions:
     """
 
     reference_strategies: dict[str, ReferenceStrategy] = field(default_factory=dict)
-    pair_checks: dict[str, PairCheck] = field(default_factory=dict)
+    pair_checks: dict[str, Check] = field(default_factory=dict)
     embedders: dict[str, Embedder] = field(default_factory=dict)
     hardware_presets: dict[str, HardwarePreset] = field(default_factory=dict)
     origins: dict[str, str] = field(default_factory=dict)
@@ -114,12 +114,12 @@ def _collect(loaded: Extensions, plugin: object) -> None:
 def _kinds() -> dict[str, type]:
     """Returns, for each hook, the class whose instances it returns."""
     from axolotl_dpo_ext.hardware import HardwarePreset
-    from axolotl_dpo_ext.quality import Embedder, PairCheck
+    from axolotl_dpo_ext.quality import Check, Embedder
     from axolotl_dpo_ext.reference import ReferenceStrategy
 
     return {
         "reference_strategies": ReferenceStrategy,
-        "pair_checks": PairCheck,
+        "pair_checks": Check,
         "embedders": Embedder,
         "hardware_presets": HardwarePreset,
     }

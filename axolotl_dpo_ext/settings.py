@@ -110,15 +110,36 @@ class QualitySettings(_Part):
         description="Largest allowed cosine similarity between chosen and rejected. Pairs above it are "
         "handled by the policy of `similarity`.",
     )
+    min_edit_distance: Annotated[Number, Field(ge=0.0, le=0.5)] = Field(
+        default=0.05,
+        description="Smallest allowed edit distance between chosen and rejected, as a share of the longer one's "
+        "tokens. Pairs below it are handled by the policy of `minimal_edit`.",
+    )
+    max_duplicate_similarity: Annotated[Number, Field(ge=0.8, lt=1.0)] = Field(
+        default=0.9,
+        description="Largest allowed similarity between two pairs: of prompt, chosen and rejected, the least similar "
+        "one's share of common 8-byte sequences (Jaccard). Pairs above it are handled by the policy of `duplicate`.",
+    )
+    max_likelihood_deviation: Annotated[Number, Field(gt=0.0)] = Field(
+        default=5.0,
+        description="How many (robust) standard deviations an answer's log-likelihood per token under the reference "
+        "may lie below the median. Pairs beyond it are handled by the policy of `reference_likelihood`.",
+    )
     embedder: str = Field(
         default="lexical",
-        description="Text encoder behind `similarity`: `lexical` (character n-grams, no download) or a third party's.",
+        description="Text encoder behind `similarity`: `lexical` (character n-grams, no download), "
+        "`model2vec:NAME_OR_PATH`, `sentence-transformers:NAME_OR_PATH`, the path of such a model, or a third party's.",
     )
     holdout: Size | None = Field(
         default=None,
         description="Size of the held-out split: a fraction below 1, or a number of pairs. Prompts never "
         "appear on both sides. Default: Axolotl's `val_set_size` if set, none if `test_datasets` is set, else 0.1. "
         "`0` turns it off.",
+    )
+    group_similar_prompts: bool = Field(
+        default=False,
+        description="Keep prompts that are nearly the same (four fifths of their 8-byte sequences in common) on one "
+        "side of the held-out split, not only those that are the same.",
     )
     policy: dict[str, Policy] = Field(
         default_factory=dict,

@@ -28,6 +28,7 @@ from axolotl_dpo_ext.settings import QualitySettings
 from trl_callbacks import PreferenceLogCallback
 
 TINY = Path("build/quickstart")
+MAX_LENGTH = 128  # tokens of prompt and answer
 
 
 def main(model_name: str, data: Path, output_dir: Path) -> None:
@@ -36,8 +37,9 @@ def main(model_name: str, data: Path, output_dir: Path) -> None:
     pairs = Dataset.from_json(str(data))
     audited = audit(
         pairs,
+        tokenizer,
         QualitySettings(max_length_ratio=2.0, max_similarity=0.95, holdout=0.15),
-        count_tokens=lambda texts: [len(ids) for ids in tokenizer(texts)["input_ids"]],
+        max_length=MAX_LENGTH,
     )
     print(audited.summary_table())
 
@@ -48,7 +50,7 @@ def main(model_name: str, data: Path, output_dir: Path) -> None:
         per_device_train_batch_size=8,
         per_device_eval_batch_size=8,
         num_train_epochs=2,
-        max_length=128,
+        max_length=MAX_LENGTH,
         logging_steps=2,
         eval_strategy="steps",
         eval_steps=20,

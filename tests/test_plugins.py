@@ -101,7 +101,7 @@ rows = Dataset.from_list([
     {"prompt": "c", "chosen": "alpha beta gamma", "rejected": "gamma and beta"},
 ])
 loaded = extensions()
-result = audit(rows, QualitySettings(embedder="first_letters", max_length_ratio=100, max_similarity=0.5,
+result = audit(rows, settings=QualitySettings(embedder="first_letters", max_length_ratio=100, max_similarity=0.5,
                                      policy={"refusal_preferred": "drop", "similarity": "flag"}),
                checks=list(loaded.pair_checks.values()), embedders=list(loaded.embedders.values()))
 print(json.dumps([[r["row"], r["check"], r["action"]] for r in result.records]))
@@ -271,7 +271,7 @@ from datasets import Dataset
 from axolotl_dpo_ext.plugins import extensions
 from axolotl_dpo_ext.quality import audit
 from axolotl_dpo_ext.settings import QualitySettings
-audit(Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}]), QualitySettings(),
+audit(Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}]), settings=QualitySettings(),
       checks=list(extensions().pair_checks.values()))
 """
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}

@@ -3,15 +3,30 @@
 from __future__ import annotations
 
 from axolotl_dpo_ext.hookspecs import hookimpl
-from axolotl_dpo_ext.quality.base import Embedder, PairCheck
-from axolotl_dpo_ext.quality.checks import Identical, LengthRatio, Malformed, Similarity
+from axolotl_dpo_ext.quality import checks
+from axolotl_dpo_ext.quality.base import Check, Embedder
 from axolotl_dpo_ext.quality.embedders import LexicalEmbedder
 
 
 @hookimpl
-def pair_checks() -> list[PairCheck]:
-    """Returns the built-in checks; ``malformed`` comes first."""
-    return [Malformed(), Identical(), LengthRatio(), Similarity()]
+def pair_checks() -> list[Check]:
+    """Returns the built-in checks in the order of tables: form, the two answers, the whole set, what else is known."""
+    return [
+        checks.Malformed(),
+        checks.DoubledBos(),
+        checks.Truncated(),
+        checks.Identical(),
+        checks.SameTokens(),
+        checks.LengthRatio(),
+        checks.Similarity(),
+        checks.MinimalEdit(),
+        checks.Duplicate(),
+        checks.Contradiction(),
+        checks.Leakage(),
+        checks.LabelNoise(),
+        checks.Tie(),
+        checks.ReferenceLikelihood(),
+    ]
 
 
 @hookimpl

@@ -9,22 +9,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
-import numpy as np
+from axolotl_dpo_ext.quality.text import common_length, is_blank
 
-from axolotl_dpo_ext.quality.base import PairBatch
-from axolotl_dpo_ext.quality.text import is_blank
-from axolotl_dpo_ext.vocabulary import ConfigurationError, Problem
-
-if TYPE_CHECKING:
-    from datasets import Dataset
-
-    CountTokens = Callable[[list[str]], list[int]]
-
-PROMPT_COLUMNS = ("prompt", "conversations", "messages")
 _ROLES = {
     **dict.fromkeys(("assistant", "gpt", "chatgpt", "bot", "model", "ai"), "assistant"),
     **dict.fromkeys(("user", "human", "prompter"), "user"),
@@ -44,13 +33,35 @@ _BOUNDARIES = (re.compile(r"\n"), re.compile(r"(?<!\d)[.!?][ \t]+|[。！？]"))
 _IMPLICIT: Any = object()
 
 
+Messages = list[dict[str, Any]]
+
+
+class Conversation(NamedTuple):
+    """The messages of a pair, as chat templates take them: ``role`` and ``content``, perhaps ``tool_calls``."""
+
+    prompt: Messages
+    chosen: Messages
+    rejected: Messages
+
+
 class Pair(NamedTuple):
-    """One pair as flat text; ``fault`` says what is wrong with its form, ``""`` where nothing is."""
+    """One row as flat text.
+
+    Attributes:
+        prompt: Several messages are joined as ``role: text`` lines; ``""`` without a prompt.
+        chosen: The chosen answer, or the one answer of unpaired data.
+        rejected: The rejected answer; ``""`` in unpaired data.
+        fault: What is wrong with the row's form, ``""`` where nothing is.
+        conversation: The messages, where the row has messages and no fault.
+        desirable: For unpaired data, the answer's label.
+    """
 
     prompt: str
     chosen: str
     rejected: str
     fault: str = ""
+    conversation: Conversation | None = None
+    desirable: bool | None = None
 
 
 class _Message(NamedTuple):
@@ -60,97 +71,6 @@ class _Message(NamedTuple):
 
 class _FaultError(ValueError):
     """Something in one side of a pair is not what it has to be."""
-
-
-@dataclass(frozen=True)
-class Columns:
-    """Which columns of a dataset hold the pairs; ``prompt`` is ``None`` where the prompt is implicit."""
-
-    prompt: str | None
-
-    @property
-    def names(self) -> list[str]:
-        """Names of the columns to read."""
-        return ["chosen", "rejected", *([self.prompt] if self.prompt else [])]
-
-
-def find_columns(dataset: Dataset) -> Columns:
-    """Finds the columns that hold the pairs.
-
-    Raises:
-        ConfigurationError: If there is no column ``chosen`` or ``rejected``, or if the dataset has no length.
-    """
-    names = getattr(dataset, "column_names", None)
-    if names is None or not hasattr(dataset, "__getitem__") or not hasattr(dataset, "select"):
-        raise ConfigurationError(
-            [
-                Problem(
-                    setting="datasets",
-                    found=type(dataset).__name__,
-                    reason="the audit reads every pair and selects rows, which needs a `datasets.Dataset`",
-                    fix="load the data without streaming, and pass one split at a time",
-                )
-            ]
-        )
-    missing = [name for name in ("chosen", "rejected") if name not in names]
-    if missing:
-        raise ConfigurationError(
-            [
-                Problem(
-                    setting="datasets",
-                    found=f"columns {', '.join(names) or '(none)'}",
-                    reason=f"there is no column {' and no column '.join(map(repr, missing))}, so no pairs",
-                    fix="rename the columns to `chosen` and `rejected`, or set the dataset's `type:` so that "
-                    "they are made",
-                )
-            ]
-        )
-    return Columns(prompt=next((name for name in PROMPT_COLUMNS if name in names), None))
-
-
-def iter_pairs(dataset: Dataset, batch_size: int) -> Iterator[list[Pair]]:
-    """Yields the pairs of a dataset, ``batch_size`` rows at a time; only one batch is in memory."""
-    columns = find_columns(dataset)
-    # Selecting the columns keeps images and the like from being decoded; a format could make arrays of text.
-    plain = dataset.select_columns(columns.names).with_format(None)
-    for start in range(0, len(plain), batch_size):
-        yield _parse_columns(plain[start : start + batch_size], columns)
-
-
-def read_pairs(dataset: Dataset, rows: Iterable[int]) -> list[Pair]:
-    """Returns the pairs of the given rows."""
-    columns = find_columns(dataset)
-    plain = dataset.select_columns(columns.names).with_format(None)
-    return _parse_columns(plain[list(rows)], columns)
-
-
-def _parse_columns(values: Mapping[str, Sequence[Any]], columns: Columns) -> list[Pair]:
-    chosen, rejected = values["chosen"], values["rejected"]
-    prompts = values[columns.prompt] if columns.prompt else [_IMPLICIT] * len(chosen)
-    return [parse_pair(c, r, p) for c, r, p in zip(chosen, rejected, prompts, strict=True)]
-
-
-def to_batch(pairs: Sequence[Pair], count_tokens: CountTokens) -> PairBatch:
-    """Counts the answers' tokens and returns the pairs as a batch; malformed pairs are not counted.
-
-    Raises:
-        ValueError: If ``count_tokens`` does not return one count per text.
-    """
-    sound = [row for row, pair in enumerate(pairs) if not pair.fault]
-    texts = [pairs[row].chosen for row in sound] + [pairs[row].rejected for row in sound]
-    counts = np.asarray(count_tokens(texts) if texts else [], dtype=np.int64)
-    if counts.shape != (len(texts),):
-        raise ValueError(f"count_tokens returned shape {counts.shape} for {len(texts)} texts, not one count each")
-    lengths = np.zeros((2, len(pairs)), dtype=np.int64)
-    lengths[:, sound] = counts.reshape(2, -1)
-    return PairBatch(
-        prompts=[pair.prompt for pair in pairs],
-        chosen=[pair.chosen for pair in pairs],
-        rejected=[pair.rejected for pair in pairs],
-        chosen_tokens=lengths[0],
-        rejected_tokens=lengths[1],
-        faults=[pair.fault for pair in pairs],
-    )
 
 
 def parse_pair(chosen: Any, rejected: Any, prompt: Any = _IMPLICIT) -> Pair:
@@ -172,13 +92,52 @@ def parse_pair(chosen: Any, rejected: Any, prompt: Any = _IMPLICIT) -> Pair:
             prompt, chosen, rejected = chosen[:common], chosen[common:], rejected[common:]
     faults: list[str] = []
     # Answers that share no prompt are still answers; a prompt that was given and is empty is a fault.
-    promptless = prompt is _IMPLICIT or (implicit and not prompt)
+    prompt = None if prompt is _IMPLICIT or (implicit and not prompt) else _as_messages(prompt)
     return Pair(
-        prompt="" if promptless else _attempt("prompt", _prompt_text, _as_messages(prompt), faults),
+        prompt="" if prompt is None and implicit else _attempt("prompt", _prompt_text, prompt, faults),
         chosen=_attempt("chosen", _answer_text, chosen, faults),
         rejected=_attempt("rejected", _answer_text, rejected, faults),
         fault="; ".join(faults),
+        conversation=None if faults else _conversation(prompt, chosen, rejected),
     )
+
+
+def parse_single(completion: Any, label: Any, prompt: Any = _IMPLICIT) -> Pair:
+    """Returns one row of unpaired data as flat text, with what is wrong with it; never raises for what a row holds.
+
+    Args:
+        completion: Text, a message, or a conversation.
+        label: Whether the answer is desirable.
+        prompt: Text or a conversation.
+    """
+    completion, faults = _as_messages(completion), list[str]()
+    implicit = prompt is _IMPLICIT
+    prompt = None if implicit else _as_messages(prompt)
+    if label not in (True, False):
+        faults.append("label: missing" if label is None else f"label: not true or false but {type(label).__name__}")
+    return Pair(
+        prompt="" if implicit else _attempt("prompt", _prompt_text, prompt, faults),
+        chosen=_attempt("completion", _answer_text, completion, faults),
+        rejected="",
+        fault="; ".join(faults),
+        conversation=None if faults else _conversation(prompt, completion, []),
+        desirable=bool(label),
+    )
+
+
+def _conversation(prompt: Any, chosen: Any, rejected: Any) -> Conversation | None:
+    """Returns sound sides as messages, or ``None`` where the answers are plain text."""
+    if not isinstance(chosen, list) or not isinstance(rejected, list):
+        return None
+    asked = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}] if prompt else []
+    return Conversation(*([_template_message(item) for item in side] for side in (asked, chosen, rejected)))
+
+
+def _template_message(message: Mapping[str, Any]) -> dict[str, Any]:
+    content = message.get("content")
+    text = _content_text(message.get("value") if content is None else content)
+    calls = message.get("tool_calls")
+    return {"role": _role(message), "content": text, **({"tool_calls": calls} if calls else {})}
 
 
 def _attempt(side: str, read: Callable[[Any], str], value: Any, faults: list[str]) -> str:
@@ -222,7 +181,7 @@ def _split_texts(chosen: str, rejected: str) -> tuple[Any, str, str]:
     line, and failing that, after the last sentence. Cutting at the first differing character, as TRL does,
     would add what answers happen to begin with to the prompt; one prompt would then look like several.
     """
-    shared = _common_length(chosen, rejected)
+    shared = common_length(chosen, rejected)
     turns = [m.end() for m in _ASSISTANT_TURN.finditer(chosen, 0, shared)]
     if turns:
         cut = turns[-1]
@@ -232,14 +191,6 @@ def _split_texts(chosen: str, rejected: str) -> tuple[Any, str, str]:
             if not (is_blank(chosen[cut:]) or is_blank(rejected[cut:]) or is_blank(chosen[:cut])):
                 return chosen[:cut], chosen[cut:], rejected[cut:]
     return "", chosen, rejected
-
-
-def _common_length(a: str, b: str) -> int:
-    low, high = 0, min(len(a), len(b))
-    while low < high:  # bisection: a few comparisons of whole slices instead of one per character
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if a[low:middle] == b[low:middle] else (low, middle - 1)
-    return low
 
 
 def _prompt_text(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""Says what an audit found, as text for a terminal and as a section of the run report."""
+"""Says what an audit found, as text for a terminal; the page of the run report uses the same words."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from axolotl_dpo_ext.vocabulary import Section, Table
-
 if TYPE_CHECKING:
-    from axolotl_dpo_ext.quality.result import AuditResult, LengthBias, Reason
+    from axolotl_dpo_ext.quality.bias import LengthBias
+    from axolotl_dpo_ext.quality.result import AuditResult, Reason
 
-# A bias is worth a note if it is large and no accident: ten points from even, five standard errors.
-_BIAS_POINTS, _BIAS_ERRORS = 0.10, 5.0
+# A bias is worth a note if it is large and no accident: ten points from even, and one in a million by chance.
+_BIAS_POINTS, _BIAS_P = 0.10, 1e-6
+# Text that a model was trained on or is fluent in costs it 1 to 3 nats a token; 4 is a perplexity of 55.
+_FOREIGN = -4.0
 
 
 def summary(result: AuditResult) -> str:
     """Returns the outcome as plain text: reasons, what is left, length bias, examples."""
-    bias = (
-        f"chosen is longer in {_change(result, 'chosen_longer', _percent)} of the pairs, "
-        f"mean log length ratio {_change(result, 'mean_log_ratio', _signed)} ({result.scored.unit})"
+    bias = [f"{name}: {value}" for name, value in bias_lines(result)]
+    return "\n".join(
+        [reasons_text(result.reasons), *not_run(result.reasons), "", kept_line(result), *bias, *_warnings(result)]
     )
-    return "\n".join([reasons_text(result.reasons), "", _kept_line(result), bias])
 
 
 def reasons_text(reasons: Sequence[Reason]) -> str:
@@ -31,13 +31,20 @@ def reasons_text(reasons: Sequence[Reason]) -> str:
     if not reasons:
         return "no check was run"
     columns = ["check", "policy", "threshold", "flagged", "share"]
-    cells = [
-        [reason.check, reason.policy, f"> {reason.threshold:g}", str(reason.flagged), _percent(reason.share)]
-        for reason in reasons
-    ]
+    cells = [[reason.check, reason.policy, f"> {reason.threshold:g}", *found(reason)] for reason in reasons]
     examples = [f"  {reason.check}: {reason.example}" for reason in reasons if reason.example]
     heading = ["", "one example each, the strongest:"] if examples else []
     return "\n".join([*_aligned(columns, cells), *heading, *examples])
+
+
+def found(reason: Reason) -> tuple[str, str]:
+    """Returns how many pairs a check flagged; not "0" where it had nothing to look at."""
+    return (str(reason.flagged), percent(reason.share)) if reason.scored else ("–", "–")
+
+
+def not_run(reasons: Sequence[Reason]) -> list[str]:
+    """Returns what the checks that had nothing to look at would have needed."""
+    return [f"{r.check} had nothing to look at: it needs {r.needs}." for r in reasons if not r.scored and r.needs]
 
 
 def advice(reasons: Sequence[Reason]) -> str:
@@ -48,173 +55,102 @@ def advice(reasons: Sequence[Reason]) -> str:
     for reason in dropping:
         lines.append(f"  - `policy: {{{reason.check}: flag}}` keeps its {reason.flagged} pairs and records them")
         if reason.setting:
-            lines.append(f"  - a higher `{reason.setting}` than {reason.threshold:g} flags fewer")
+            # A smallest allowed value is compared the other way round.
+            change = "a lower" if reason.setting.startswith("min_") else "a higher"
+            lines.append(f"  - {change} `{reason.setting}` flags fewer")
     lines.append("  - a higher `max_drop_fraction`, if the rest is what you want to train on")
     return "\n".join(lines)
 
 
-def section(result: AuditResult) -> Section:
-    """Returns the outcome as the report's page on the data."""
-    held_out = f"{len(result.heldout_rows)} ({_shared(result)} shared prompts)" if result.heldout else "none"
-    return Section(
-        title="Data",
-        summary=_kept_line(result).capitalize() + ".",
-        facts=[
-            ("pairs audited", result.pairs),
-            ("dropped", f"{len(result.dropped)} ({_percent(len(result.dropped) / result.pairs)})"),
-            ("training pairs", len(result.train)),
-            ("held-out pairs", held_out),
-            ("lengths counted in", result.scored.unit),
-            ("embedder", result.scored.embedder),
-            ("chosen is longer", _change(result, "chosen_longer", _percent)),
-            ("mean log length ratio", _change(result, "mean_log_ratio", _signed)),
-        ],
-        tables=[
-            _reasons_table(result),
-            *([_sources_table(result)] if result.scored.sources is not None else []),
-        ],
-        notes=_notes(result),
-        data=_data(result),
-    )
-
-
-def _kept_line(result: AuditResult) -> str:
-    kept = result.pairs - len(result.dropped)
-    line = f"kept {kept} of {result.pairs} pairs, dropped {len(result.dropped)}"
+def kept_line(result: AuditResult) -> str:
+    """Returns how many rows are kept, dropped and held out, in one line."""
+    kept = result.pairs - len(result.dropped_rows)
+    line = f"kept {kept} of {result.pairs} pairs, dropped {len(result.dropped_rows)}"
     if result.heldout is None:
         return line + "; none held out"
     sizes = f"{len(result.train)} to train on, {len(result.heldout_rows)} held out"
-    return f"{line}; {sizes}, {_shared(result)} prompts in both"
+    return f"{line}; {sizes}, {shared_prompts(result)} prompts in both"
 
 
-def _shared(result: AuditResult) -> int:
+def shared_prompts(result: AuditResult) -> int:
     """Counts the prompts that are in both splits, from the rows that were selected."""
     keys, out = result.scored.keys, result.heldout_rows
-    train = np.setdiff1d(np.arange(result.pairs), np.union1d(out, result.dropped))
+    train = np.setdiff1d(np.arange(result.pairs), np.union1d(out, result.dropped_rows))
     return len(np.intersect1d(keys[out], keys[train]))
 
 
-def _reasons_table(result: AuditResult) -> Table:
-    return Table(
-        columns=["check", "policy", "threshold", "flagged", "share", "finds", "strongest example"],
-        rows=[
-            [
-                r.check,
-                r.policy,
-                f"> {r.threshold:g}",
-                r.flagged,
-                _percent(r.share),
-                r.summary,
-                r.example or "–",
-            ]
-            for r in result.reasons
-        ],
-        caption="Pairs flagged by each check. A pair can be flagged by several.",
-    )
-
-
-def _sources_table(result: AuditResult) -> Table:
-    rows = [[name, *figures.values()] for name, figures in _by_source(result).items()]
-    return Table(columns=["source", "pairs", "dropped", "training", "held out"], rows=rows, caption="Pairs by source.")
-
-
-def _by_source(result: AuditResult) -> dict[str, dict[str, int]]:
-    labels = np.asarray(result.scored.sources, dtype=object)
-    figures = {}
-    for name in dict.fromkeys(labels.tolist()):
-        of = labels == name
-        pairs, dropped, out = int(of.sum()), int(of[result.dropped].sum()), int(of[result.heldout_rows].sum())
-        figures[str(name)] = {
-            "pairs": pairs,
-            "dropped": dropped,
-            "train": pairs - dropped - out,
-            "heldout": out,
-        }
-    return figures
-
-
-def _notes(result: AuditResult) -> list[str]:
-    notes = [
+def notes(result: AuditResult) -> list[str]:
+    """Returns what is worth knowing before training, one sentence each."""
+    flagged = [
         f"{r.flagged} pairs that {r.check} flagged are still in the data: its policy is `flag`."
         for r in result.reasons
         if r.policy == "flag" and r.flagged
     ]
-    after = result.length_bias_after
-    if _is_biased(after):
-        longer, share = (
-            ("chosen", after.chosen_longer)
-            if after.chosen_longer > after.rejected_longer
-            else ("rejected", after.rejected_longer)
-        )
-        notes.append(
-            f"The {longer} answer is the longer one in {_percent(share)} of the pairs kept, so the model can "
-            "win by length alone; balance the data, or compare lengths before trusting a higher accuracy."
-        )
-    if result.scored.unit != "tokens":
-        notes.append("Lengths are whitespace words, not tokens: no tokenizer was given.")
-    return notes
+    words = [] if result.scored.unit == "tokens" else ["Lengths are words, not tokens: no tokenizer was given."]
+    return [*_warnings(result), *flagged, *not_run(result.reasons), *words]
 
 
-def _is_biased(bias: LengthBias) -> bool:
-    """Tells whether one side is longer far more often than the other, by a sign test without the ties."""
-    unequal = bias.pairs * (bias.chosen_longer + bias.rejected_longer) if bias.pairs else 0.0
-    if not unequal:
-        return False
-    distance = abs(bias.chosen_longer * bias.pairs / unequal - 0.5)
-    return distance >= _BIAS_POINTS and distance * 2 * math.sqrt(unequal) >= _BIAS_ERRORS
+def _warnings(result: AuditResult) -> list[str]:
+    """Returns what may spoil the run as a whole, rather than single pairs."""
+    return [*_bias_warning(result.length_bias_after), *_foreign_warning(result)]
 
 
-def _data(result: AuditResult) -> dict[str, Any]:
-    data: dict[str, Any] = {
-        "pairs": result.pairs,
-        "dropped": len(result.dropped),
-        "train": len(result.train),
-        "heldout": len(result.heldout_rows),
-        "shared_prompts": _shared(result),
-        "length_unit": result.scored.unit,
-        "embedder": result.scored.embedder,
-        "checks": {
-            r.check: {
-                "policy": r.policy,
-                "threshold": _finite(r.threshold),
-                "flagged": r.flagged,
-                "share": r.share,
-                "example": r.example,
-            }
-            for r in result.reasons
-        },
-        "length_bias": {
-            "before": _bias_data(result.length_bias_before),
-            "after": _bias_data(result.length_bias_after),
-        },
-    }
-    if result.scored.sources is not None:
-        data["sources"] = _by_source(result)
-    return data
+def _bias_warning(bias: LengthBias) -> list[str]:
+    unequal = bias.chosen_longer + bias.rejected_longer if bias.pairs else 0.0
+    if not unequal or bias.p_value > _BIAS_P or abs(bias.chosen_longer / unequal - 0.5) < _BIAS_POINTS:
+        return []
+    longer, share = max(("chosen", bias.chosen_longer), ("rejected", bias.rejected_longer), key=lambda side: side[1])
+    return [
+        f"The {longer} answer is the longer one in {percent(share)} of the pairs kept (sign test: p = "
+        f"{bias.p_value:.1g}), so the model can win by length alone; balance the data, or compare lengths before "
+        "trusting a higher accuracy."
+    ]
 
 
-def _bias_data(bias: LengthBias) -> dict[str, float | int | None]:
-    return {
-        "pairs": bias.pairs,
-        "chosen_longer": _finite(bias.chosen_longer),
-        "rejected_longer": _finite(bias.rejected_longer),
-        "mean_log_ratio": _finite(bias.mean_log_ratio),
-    }
+def _foreign_warning(result: AuditResult) -> list[str]:
+    known = result.scored.log_likelihood[np.isfinite(result.scored.log_likelihood)]
+    if not len(known) or (median := float(np.median(known))) > _FOREIGN:
+        return []
+    return [
+        f"The data looks foreign to the reference model: half of the answers have less than {median:.2f} nats a token "
+        f"(perplexity {math.exp(-median):.0f}); check the chat template and the language, or fine-tune on such "
+        "answers first."
+    ]
 
 
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+def bias_lines(result: AuditResult) -> list[tuple[str, str]]:
+    """Returns the length bias before and after as names and values; nothing for unpaired data."""
+    lines = (
+        []
+        if not result.scored.paired
+        else [
+            ("chosen is longer", _change(result, "chosen_longer", percent)),
+            ("mean log length ratio", f"{_change(result, 'mean_log_ratio', _signed)} ({result.scored.unit})"),
+            ("sign test of the length bias", f"p = {_change(result, 'p_value', _probability)}"),
+        ]
+    )
+    likely = result.scored.log_likelihood[np.isfinite(result.scored.log_likelihood)]
+    if len(likely):
+        lines.append(("median log-likelihood under the reference", f"{float(np.median(likely)):.3f} nats a token"))
+    return lines
 
 
 def _change(result: AuditResult, name: str, show: Any) -> str:
     return f"{show(getattr(result.length_bias_before, name))} → {show(getattr(result.length_bias_after, name))}"
 
 
+def _probability(value: float) -> str:
+    if not math.isfinite(value):
+        return "–"
+    return f"{value:.2g}" if value else "0 (below 1e-300)"
+
+
 def _signed(value: float) -> str:
     return f"{value:+.3f}" if math.isfinite(value) else "–"
 
 
-def _percent(share: float) -> str:
+def percent(share: float) -> str:
+    """Returns a share as a percentage, for people."""
     return f"{100 * share:.1f} %" if math.isfinite(share) else "–"
 
 

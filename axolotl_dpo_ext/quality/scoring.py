@@ -2,195 +2,246 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import xxhash
 
-from axolotl_dpo_ext.quality.base import Embedder, PairBatch, PairCheck
+from axolotl_dpo_ext.quality import near_duplicates
+from axolotl_dpo_ext.quality.base import Check, Embedder, PairBatch, PairCheck, ReadTexts, Scores, SetCheck
+from axolotl_dpo_ext.quality.checks.reference_likelihood import log_likelihoods
 from axolotl_dpo_ext.quality.holdout import group_key
-from axolotl_dpo_ext.quality.pairs import iter_pairs, to_batch
-from axolotl_dpo_ext.quality.text import count_words
-from axolotl_dpo_ext.settings import Policy
-from axolotl_dpo_ext.vocabulary import Problem, RunStopped, unknown_name
+from axolotl_dpo_ext.quality.pairs import Pair
+from axolotl_dpo_ext.quality.policies import CheckFailedError, failure, policy_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from numpy.typing import NDArray
 
-    from axolotl_dpo_ext.quality.pairs import CountTokens, Pair
-    from axolotl_dpo_ext.settings import Policy, QualitySettings
+    from axolotl_dpo_ext.quality.reading import PairReader
+    from axolotl_dpo_ext.settings import QualitySettings
 
 logger = logging.getLogger(__name__)
-_POLICIES = get_args(Policy)
-
-
-class CheckFailedError(RunStopped, RuntimeError):
-    """A check raised, or did not return one score for each pair."""
 
 
 @dataclass(frozen=True, eq=False)
-class Scored:
-    """A dataset's pairs with all that the audit decides from. Arrays have one entry per row, shape ``(n,)``.
+class Findings:
+    """What was found in some rows. Arrays have one entry per row, shape ``(n,)`` unless another is given.
+
+    Attributes:
+        scores: Scores by check, float64, NaN where a check does not apply; only checks that were run.
+        matched: For checks that find other rows, the row that each pair was found against, -1 for none.
+        faults: What is wrong with malformed rows, by row.
+        log_ratio: Natural logarithm of chosen : rejected length, NaN for malformed and unpaired rows.
+        log_likelihood: Mean log-probability of the tokens of both answers under the reference, nats, shape
+            ``(n, 2)``; ``(0, 2)`` where the data has none.
+        keys: Group key of the prompt.
+    """
+
+    scores: dict[str, NDArray[np.float64]]
+    matched: dict[str, NDArray[np.int64]]
+    faults: dict[int, str]
+    log_ratio: NDArray[np.float64]
+    log_likelihood: NDArray[np.float64]
+    keys: NDArray[np.uint64]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Scored(Findings):
+    """A dataset with what was found in it: all that the audit decides from.
 
     Attributes:
         dataset: The data as it was given.
-        checks: All checks known, run or not, in the order in which they are shown.
-        scores: Scores by check, float64, NaN where a check does not apply; only checks that were run.
-        faults: What is wrong with malformed rows, by row.
-        log_ratio: Natural logarithm of chosen : rejected length, NaN for malformed rows.
-        keys: Group key of the prompt.
+        checks: The checks that serve this kind of data, run or not, in the order in which they are shown.
         unit: What lengths were counted in, such as ``tokens``.
         embedder: Name of the embedder.
+        similar_prompts: Whether near-duplicate prompts have one group key.
         sources: Where each row is from, or ``None``.
+        paired: Whether the rows are pairs.
     """
 
     dataset: Dataset
-    checks: tuple[PairCheck, ...]
-    scores: dict[str, NDArray[np.float64]]
-    faults: dict[int, str]
-    log_ratio: NDArray[np.float64]
-    keys: NDArray[np.uint64]
+    checks: tuple[Check, ...]
     unit: str
     embedder: str
-    sources: Sequence[str] | None = None
+    similar_prompts: bool
+    sources: Sequence[str] | None
+    paired: bool
 
 
-def policy_of(check: PairCheck, settings: QualitySettings) -> Policy:
-    """Returns what happens to pairs that a check flags: the user's policy, else the check's own."""
-    return settings.policy.get(check.name, check.default_policy)
+class PromptKeys:
+    """Finds the rows of a test set by their prompts.
 
-
-def threshold_of(check: PairCheck, settings: QualitySettings) -> float:
-    """Returns the score above which a check flags a pair.
-
-    Raises:
-        CheckFailedError: The check raised, or named no finite number.
+    Args:
+        keys: Group key of every row of the test set, shape ``(m,)``.
     """
-    try:
-        threshold = float(check.threshold(settings))
-        if not math.isfinite(threshold):
-            raise ValueError(f"{threshold} is no threshold")
-    except Exception as error:
-        raise CheckFailedError(_failure(check, "its threshold", error)) from error
-    return threshold
 
+    def __init__(self, keys: NDArray[np.uint64]) -> None:
+        self._order = np.argsort(keys, kind="stable")
+        self._keys = keys[self._order]
 
-def _failure(check: PairCheck, where: str, error: Exception) -> str:
-    return (
-        f"quality check {check.name!r} of {type(check).__module__} failed on {where}: {type(error).__name__}: {error}\n"
-        f"    fix: mend or uninstall it, or leave it out with `policy: {{{check.name}: keep}}`"
-    )
+    @property
+    def digest(self) -> str:
+        """A digest of the keys in the order of the rows."""
+        return xxhash.xxh3_128_hexdigest(self._order.tobytes() + self._keys.tobytes())
 
-
-def check_policies(settings: QualitySettings, checks: Sequence[PairCheck]) -> list[Problem]:
-    """Returns a problem for every policy of an unknown check, and for checks that cannot be used."""
-    names = [check.name for check in checks]
-    problems = [
-        unknown_name(f"dpo_ext.quality.policy.{name}", name, names, "check")
-        for name in settings.policy
-        if name not in names
-    ]
-    problems += _twice(names, "check")
-    return problems + [_bad_policy(check) for check in checks if check.default_policy not in _POLICIES]
-
-
-def check_embedder(settings: QualitySettings, embedders: Sequence[Embedder]) -> list[Problem]:
-    """Returns a problem if the embedder of the settings is unknown, or if two have the same name."""
-    names = [embedder.name for embedder in embedders]
-    problems = _twice(names, "embedder")
-    if settings.embedder not in names:
-        problems.append(unknown_name("dpo_ext.quality.embedder", settings.embedder, names, "embedder"))
-    return problems
+    def rows(self, keys: NDArray[np.uint64]) -> NDArray[np.int64]:
+        """Returns the first row of the test set with each of these keys, -1 where there is none."""
+        place = np.searchsorted(self._keys, keys)
+        place[place == len(self._keys)] = 0
+        found = self._keys[place] == keys if len(self._keys) else np.zeros(len(keys), dtype=np.bool_)
+        return np.where(found, self._order[place] if len(self._keys) else -1, -1)
 
 
 def score_pairs(
-    dataset: Dataset,
+    reader: PairReader,
     settings: QualitySettings,
-    checks: Sequence[PairCheck],
+    checks: Sequence[Check],
     embedder: Embedder,
-    count_tokens: CountTokens | None,
-    sources: Sequence[str] | None,
-    batch_size: int,
-) -> Scored:
+    test: PromptKeys | None = None,
+    batch_size: int = 1000,
+) -> Findings:
     """Runs every check that is not switched off over every pair, a batch of rows in memory at a time."""
     from datasets.utils import tqdm  # honours the user's wish to see no progress bars
 
-    n, started = len(dataset), time.perf_counter()
-    active = [check for check in checks if policy_of(check, settings) != "keep"]
-    scores = {check.name: np.full(n, np.nan) for check in active}
-    log_ratio, keys = np.full(n, np.nan), np.zeros(n, dtype=np.uint64)
-    faults: dict[int, str] = {}
-    start = 0
+    started = time.perf_counter()
+    scoring = _Scoring(len(reader), [c for c in checks if policy_of(c, settings) != "keep"], settings, embedder)
     # `delay`: small sets are done before a bar is worth showing.
-    with tqdm(total=n, desc="Auditing pairs", unit=" pairs", delay=2.0) as bar:
-        for pairs in iter_pairs(dataset, batch_size):
-            rows = slice(start, start + len(pairs))
-            batch = to_batch(pairs, count_tokens or count_words)
-            for check in active:
-                scores[check.name][rows] = _score(check, batch, settings, embedder, start)
-            log_ratio[rows] = _log_ratio(batch)
-            keys[rows] = [group_key(pair) for pair in pairs]
-            faults.update(_faults(pairs, start))
-            start += len(pairs)
-            bar.update(len(pairs))
+    with tqdm(total=len(reader), desc="Auditing pairs", unit=" pairs", delay=2.0) as bar:
+        for batch in reader.batches(batch_size):
+            scoring.add(batch, test)
+            bar.update(len(batch))
+    scoring.compare(reader)
     seconds = time.perf_counter() - started
-    logger.info("audited %d pairs in %.1f s with %s", n, seconds, ", ".join(scores) or "no check")
-    unit = "tokens" if count_tokens else "whitespace words"
-    return Scored(dataset, tuple(checks), scores, faults, log_ratio, keys, unit, embedder.name, sources)
+    logger.info("audited %d pairs in %.1f s with %s", len(reader), seconds, ", ".join(scoring.scores) or "no check")
+    return scoring.findings()
 
 
-def _score(
-    check: PairCheck, batch: PairBatch, settings: QualitySettings, embedder: Embedder, start: int
-) -> NDArray[np.float64]:
-    """Returns a check's scores of a batch; malformed pairs are shown only to checks that ask for them."""
-    rows = [row for row, fault in enumerate(batch.faults) if check.sees_malformed or not fault]
-    scores = np.full(len(batch), np.nan)
-    if not rows:
-        return scores
-    seen = batch if len(rows) == len(batch) else batch.take(rows)
-    try:
-        found = np.asarray(check.score(seen, settings, embedder), dtype=np.float64)
-        if found.shape != (len(rows),):
-            raise ValueError(f"it returned shape {found.shape} for {len(rows)} pairs, not one score each")
-    except Exception as error:
-        where = f"rows {start} to {start + len(batch) - 1}"
-        raise CheckFailedError(_failure(check, where, error)) from error
-    scores[rows] = found
-    return scores
+class _Scoring:
+    """Scores on their way from batches to arrays."""
+
+    def __init__(self, n: int, checks: Sequence[Check], settings: QualitySettings, embedder: Embedder) -> None:
+        self._checks, self._settings, self._embedder = checks, settings, embedder
+        self.scores = {check.name: np.full(n, np.nan) for check in checks}
+        self._matched: dict[str, NDArray[np.int64]] = {}
+        self._faults: dict[int, str] = {}
+        self._log_ratio, self._keys = np.full(n, np.nan), np.zeros(n, dtype=np.uint64)
+        self._log_likelihood = np.empty((0, 2))
+        self._sketches: dict[str, list[NDArray[Any]]] = {check.name: [] for check in checks if _is_set(check)}
+        self._sketched: dict[str, list[NDArray[np.int64]]] = {name: [] for name in self._sketches}
+        self._prompts: list[tuple[NDArray[np.int64], NDArray[np.uint32]]] = []
+        self._start = 0
+
+    def add(self, batch: PairBatch, test: PromptKeys | None) -> None:
+        """Scores a batch, or keeps of it what checks of the whole set need."""
+        rows = slice(self._start, self._start + len(batch))
+        self._keys[rows] = batch_keys(batch)
+        if test is not None:
+            batch = dataclasses.replace(batch, in_test=test.rows(self._keys[rows]))
+        sound = [row for row, fault in enumerate(batch.faults) if not fault]
+        self._faults.update({self._start + row: fault for row, fault in enumerate(batch.faults) if fault})
+        well_formed = batch if len(sound) == len(batch) else batch.take(sound)
+        everything = np.arange(len(batch))
+        for check in self._checks:
+            seen, places = (batch, everything) if check.sees_malformed else (well_formed, np.asarray(sound, dtype=int))
+            if len(seen):
+                self._run(check, seen, places)
+        if batch.desirable is None and sound:
+            lengths = np.maximum(well_formed.chosen_tokens, 1) / np.maximum(well_formed.rejected_tokens, 1)
+            self._log_ratio[self._start + np.asarray(sound)] = np.log(lengths)
+        asked = [row for row, prompt in enumerate(batch.prompts) if prompt]
+        if "chosen_logp" in batch.figures:
+            if not len(self._log_likelihood):
+                self._log_likelihood = np.full((len(self._keys), 2), np.nan)
+            self._log_likelihood[rows] = log_likelihoods(batch)
+        if self._settings.group_similar_prompts and asked:
+            sketches = near_duplicates.sketch([[batch.prompts[row] for row in asked]])
+            self._prompts.append((self._start + np.asarray(asked), sketches))
+        self._start += len(batch)
+
+    def findings(self) -> Findings:
+        """Returns what was found."""
+        return Findings(self.scores, self._matched, self._faults, self._log_ratio, self._log_likelihood, self._keys)
+
+    def compare(self, reader: PairReader) -> None:
+        """Runs the checks of the whole set, and groups prompts that are nearly the same."""
+        for check in self._checks:
+            if isinstance(check, SetCheck) and self._sketches[check.name]:
+                rows = np.concatenate(self._sketched[check.name])
+                sketches = np.concatenate(self._sketches.pop(check.name))
+                self._take(check, rows, self._compare(check, sketches, _reader_of(reader, rows)), rows)
+        if self._prompts:
+            rows, sketches = (np.concatenate(each) for each in zip(*self._prompts, strict=True))
+            self._keys[rows] = _grouped(sketches, self._keys[rows], _reader_of(reader, rows))
+
+    def _run(self, check: Check, batch: PairBatch, places: NDArray[np.intp]) -> None:
+        where = f"rows {self._start + places[0]} to {self._start + places[-1]}"
+        rows = self._start + places
+        try:
+            if isinstance(check, SetCheck):
+                sketch = np.asarray(check.sketch(batch, self._settings))
+                if not sketch.ndim or len(sketch) != len(batch):
+                    raise ValueError(f"it returned shape {sketch.shape} for {len(batch)} pairs, not one row each")
+                self._sketches[check.name].append(sketch)
+                self._sketched[check.name].append(rows)
+            elif isinstance(check, PairCheck):
+                self._take(check, rows, check.score(batch, self._settings, self._embedder), None)
+            else:
+                raise TypeError("it is neither a PairCheck nor a SetCheck, so nothing can be asked of it")
+        except Exception as error:
+            raise CheckFailedError(failure(check, where, error)) from error
+
+    def _compare(self, check: SetCheck, sketches: NDArray[Any], read: ReadTexts) -> Scores:
+        try:
+            return check.compare(sketches, self._settings, read)
+        except Exception as error:
+            raise CheckFailedError(failure(check, "all rows", error)) from error
+
+    def _take(self, check: Check, rows: NDArray[np.int64], found: Any, origin: NDArray[np.int64] | None) -> None:
+        """Puts a check's scores where they belong; ``origin`` translates positions among sketches to rows."""
+        values, matched = found if isinstance(found, Scores) else (found, None)
+        values = np.asarray(values, dtype=np.float64)
+        if values.shape != (len(rows),):
+            raise ValueError(f"it returned shape {values.shape} for {len(rows)} pairs, not one score each")
+        self.scores[check.name][rows] = values
+        if matched is None:
+            return
+        matched = np.asarray(matched, dtype=np.int64)
+        if origin is not None:
+            matched = np.where(matched >= 0, origin[matched], -1)
+        self._matched.setdefault(check.name, np.full(len(self._keys), -1, dtype=np.int64))[rows] = matched
 
 
-def _log_ratio(batch: PairBatch) -> NDArray[np.float64]:
-    chosen, rejected = np.maximum(batch.chosen_tokens, 1), np.maximum(batch.rejected_tokens, 1)
-    malformed = np.array([bool(fault) for fault in batch.faults])
-    return np.where(malformed, np.nan, np.log(chosen / rejected))
+def _is_set(check: Check) -> bool:
+    return isinstance(check, SetCheck)
 
 
-def _faults(pairs: Sequence[Pair], start: int) -> dict[int, str]:
-    return {row: pair.fault for row, pair in enumerate(pairs, start) if pair.fault}
+def batch_keys(batch: PairBatch) -> NDArray[np.uint64]:
+    """Returns the group key of every pair of a batch, shape ``(n,)``."""
+    texts = zip(batch.prompts, batch.chosen, batch.rejected, strict=True)
+    return np.array([group_key(Pair(*each)) for each in texts], dtype=np.uint64)
 
 
-def _twice(names: Sequence[str], kind: str) -> list[Problem]:
-    return [
-        Problem(
-            setting="dpo_ext.quality",
-            found=f"two {kind}s named {name!r}",
-            reason=f"settings name a {kind}, so each name must be used once",
-            fix="uninstall or rename one of them",
-        )
-        for name in dict.fromkeys(names)
-        if names.count(name) > 1
-    ]
+def _reader_of(reader: PairReader, rows: NDArray[np.int64]) -> ReadTexts:
+    def read(places: Sequence[int] | NDArray[np.int64]) -> list[tuple[str, str, str]]:
+        pairs = reader.pairs(rows[np.asarray(places, dtype=np.int64)].tolist())
+        return [(pair.prompt, pair.chosen, pair.rejected) for pair in pairs]
+
+    return read
 
 
-def _bad_policy(check: PairCheck) -> Problem:
-    return Problem(
-        setting=f"dpo_ext.quality.policy.{check.name}",
-        found=f"default policy {check.default_policy!r} of {type(check).__qualname__}",
-        reason=f"a policy is one of {', '.join(_POLICIES)}",
-        fix="correct the check's `default_policy`",
-    )
+def _grouped(sketches: NDArray[np.uint32], keys: NDArray[np.uint64], read: ReadTexts) -> NDArray[np.uint64]:
+    """Gives nearly equal prompts one key: the smallest of the group, so that no order plays a part."""
+
+    def prompts(places: Sequence[int] | NDArray[np.int64]) -> list[tuple[str, ...]]:
+        return [(prompt,) for prompt, _, _ in read(places)]
+
+    labels = near_duplicates.groups(sketches, keys, prompts)
+    smallest = np.full(len(keys), np.iinfo(np.uint64).max, dtype=np.uint64)
+    np.minimum.at(smallest, labels, keys)
+    return smallest[labels]

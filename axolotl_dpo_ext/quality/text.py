@@ -43,6 +43,15 @@ def excerpt(text: str, limit: int = 120) -> str:
     return line if len(line) <= limit and len(text) <= 2 * limit + 2 else line[: limit - 1].rstrip() + "…"
 
 
-def count_words(texts: list[str]) -> list[int]:
-    """Returns the number of words of each text; a Chinese or Japanese character counts as a word."""
-    return [len(text.split()) if text.isascii() else len(_WORD.findall(text)) for text in texts]
+def common_length(a: str, b: str) -> int:
+    """Returns how many characters two texts both begin with."""
+    low, high = 0, min(len(a), len(b))
+    while low < high:  # bisection: a few comparisons of whole slices instead of one per character
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if a[low:middle] == b[low:middle] else (low, middle - 1)
+    return low
+
+
+def split_words(text: str) -> list[str]:
+    """Returns the words of a text; a Chinese or Japanese character is a word."""
+    return text.split() if text.isascii() else _WORD.findall(text)

@@ -83,7 +83,7 @@ def test_metadata(dist):
     assert metadata["Version"] == PROJECT["version"]
     assert metadata["License-Expression"] == "Apache-2.0"
     assert metadata["Requires-Python"] == ">=3.11"
-    extras = {"axolotl", "deepspeed", "semantic", "sweep", "ray", "dev"}
+    extras = {"axolotl", "deepspeed", "semantic", "sentence-transformers", "sweep", "ray", "dev"}
     assert set(metadata.get_all("Provides-Extra")) == extras
 
 

@@ -22,8 +22,8 @@ pytestmark = pytest.mark.stack
 
 ROOT = Path(__file__).resolve().parents[2]
 SELF = "axolotl-dpo-ext"
-# What the README says may be added where it is missing: pluggy, and scikit-learn with what it needs itself.
-ADDITIONS = {"pluggy", "scikit-learn", "scipy", "joblib", "narwhals", "threadpoolctl"}
+# What the README says may be added where it is missing: pluggy, and scipy.
+ADDITIONS = {"pluggy", "scipy"}
 ADDED_HEADING = "# What axolotl-dpo-ext adds to this stack."
 STACKS = sorted((ROOT / "constraints").glob("stack-*.txt"))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,12 +13,13 @@ import numpy as np
 import pytest
 from datasets import Dataset
 
+from axolotl_dpo_ext.plugins import extensions
 from axolotl_dpo_ext.quality import AuditResult, PairBatch, PairCheck, QualityStop, audit, builtins
 from axolotl_dpo_ext.quality.checks import LengthRatio, Malformed
 from axolotl_dpo_ext.settings import QualitySettings
 from axolotl_dpo_ext.vocabulary import ConfigurationError
 
-from .conftest import make_pairs, sentence
+from .conftest import make_pairs, of_lengths, sentence
 
 DEFAULTS = QualitySettings()
 
@@ -50,8 +52,9 @@ class ThirdParty(PairCheck):
 
 
 def test_sound_pairs_pass_in_their_order(sound: Dataset):
-    result = audit(sound, DEFAULTS)
-    assert result.counts == {"malformed": 0, "identical": 0, "length_ratio": 0, "similarity": 0}
+    result = audit(sound, settings=DEFAULTS)
+    assert set(result.counts) == set(extensions().pair_checks)
+    assert set(result.counts.values()) == {0}
     assert result.train.to_dict() == sound.to_dict()
     assert result.heldout is None
     assert result.records == []
@@ -59,14 +62,14 @@ def test_sound_pairs_pass_in_their_order(sound: Dataset):
 
 def test_drop_flag_and_keep():
     data = faulty()
-    dropped = audit(data, DEFAULTS)
+    dropped = audit(data, settings=DEFAULTS)
     assert dropped.counts["identical"] == 16  # four of the twenty were then made long
     assert len(dropped.train) == 60 - 28
-    flagged = audit(data, QualitySettings(policy={"identical": "flag", "similarity": "flag"}))
+    flagged = audit(data, settings=QualitySettings(policy={"identical": "flag", "similarity": "flag"}))
     assert len(flagged.train) == 60 - 12
     assert {r["action"] for r in flagged.records if r["check"] == "identical"} == {"flag"}
     assert any("16 pairs that identical flagged" in note for note in flagged.section().notes)
-    kept = audit(data, QualitySettings(policy={name: "keep" for name in dropped.counts}))
+    kept = audit(data, settings=QualitySettings(policy={name: "keep" for name in dropped.counts}))
     assert kept.counts == kept.scores == {}
     assert len(kept.train) == 60
     assert "no check was run" in kept.summary_table()
@@ -77,7 +80,7 @@ def test_a_third_partys_check_runs_beside_the_built_in_ones():
     pairs["chosen"][4] += " ???"
     pairs["chosen"][5] = ""
     checks = [*builtins.pair_checks(), ThirdParty()]
-    result = audit(Dataset.from_dict(pairs), DEFAULTS, checks=checks)
+    result = audit(Dataset.from_dict(pairs), settings=DEFAULTS, checks=checks)
     assert [(r["row"], r["check"], r["action"]) for r in result.records] == [
         (4, "asks_back", "flag"),
         (5, "malformed", "drop"),
@@ -92,13 +95,13 @@ def test_a_check_that_fails_is_named_with_its_rows():
     with pytest.raises(
         RuntimeError, match=r"'asks_back' of \S+ failed on rows 0 to 9: ValueError: it returned shape \(3,\) for 10"
     ):
-        audit(Dataset.from_dict(make_pairs(12)), DEFAULTS, checks=[Broken()], batch_size=10)
+        audit(Dataset.from_dict(make_pairs(12)), settings=DEFAULTS, checks=[Broken()], batch_size=10)
 
 
 def test_unknown_names_are_all_reported_with_the_nearest():
     settings = QualitySettings(policy={"lenght_ratio": "flag", "zzz": "drop"}, embedder="lexicl")
     with pytest.raises(ConfigurationError) as caught:
-        audit(faulty(), settings, holdout=-1)
+        audit(faulty(), settings=settings, holdout=-1)
     text = str(caught.value)
     assert [problem.setting for problem in caught.value.problems] == [
         "dpo_ext.quality.policy.lenght_ratio",
@@ -108,7 +111,7 @@ def test_unknown_names_are_all_reported_with_the_nearest():
     ]
     assert "did you mean 'length_ratio'?" in text
     assert "did you mean 'lexical'?" in text
-    assert "choose from: malformed, identical, length_ratio, similarity" in text
+    assert "choose from: malformed, doubled_bos, " in text
 
 
 def test_names_used_twice_and_impossible_default_policies_are_reported():
@@ -116,48 +119,48 @@ def test_names_used_twice_and_impossible_default_policies_are_reported():
         default_policy = "remove"
 
     with pytest.raises(ConfigurationError, match="two checks named 'malformed'") as caught:
-        audit(faulty(), DEFAULTS, checks=[Malformed(), Malformed(), Odd()])
+        audit(faulty(), settings=DEFAULTS, checks=[Malformed(), Malformed(), Odd()])
     assert "default policy 'remove' of" in str(caught.value)
 
 
 def test_the_run_stops_instead_of_training_on_a_remnant():
     with pytest.raises(QualityStop) as caught:
-        audit(faulty(), QualitySettings(max_drop_fraction=0.4))
+        audit(faulty(), settings=QualitySettings(max_drop_fraction=0.4))
     text = str(caught.value)
     assert "would drop 28 of 60 pairs (46.7%), more than `max_drop_fraction: 0.4` allows" in text
-    assert "length_ratio  drop          > 2       12  20.0 %" in text
-    assert "one example each, the strongest:\n  identical: row 0 (1): chosen '" in text
+    assert re.search(r"length_ratio +drop +> 2 +12 +20.0 %", text)
+    assert "\n  identical: row 0 (1): chosen '" in text
     assert "`policy: {identical: flag}` keeps its 16 pairs" in text
-    assert "a higher `max_length_ratio` than 2" in text
+    assert "a higher `max_length_ratio` flags fewer" in text
     assert {reason.check: reason.flagged for reason in caught.value.reasons}["identical"] == 16
-    assert len(audit(faulty(), QualitySettings(max_drop_fraction=28 / 60)).train) == 32
+    assert len(audit(faulty(), settings=QualitySettings(max_drop_fraction=28 / 60)).train) == 32
 
 
 def test_the_run_stops_when_nothing_is_left():
     pairs = make_pairs(5)
     pairs["rejected"] = pairs["chosen"]
     with pytest.raises(QualityStop, match="would drop all 5 pairs"):
-        audit(Dataset.from_dict(pairs), QualitySettings(max_drop_fraction=1.0))
+        audit(Dataset.from_dict(pairs), settings=QualitySettings(max_drop_fraction=1.0))
     with pytest.raises(QualityStop, match="no pairs"):
-        audit(Dataset.from_dict({"chosen": [], "rejected": []}), DEFAULTS)
+        audit(Dataset.from_dict({"chosen": [], "rejected": []}), settings=DEFAULTS)
 
 
 def test_neither_row_order_nor_batch_size_changes_anything():
     data = faulty()
-    result = audit(data, DEFAULTS, holdout=0.2)
+    result = audit(data, settings=DEFAULTS, holdout=0.2)
     order = random.Random(5).sample(range(60), 60)
-    shuffled = audit(data.select(order), DEFAULTS, holdout=0.2, batch_size=7)
+    shuffled = audit(data.select(order), settings=DEFAULTS, holdout=0.2, batch_size=7)
     assert sorted(shuffled.train["row"]) == result.train["row"][:]
     assert result.heldout is not None
     assert shuffled.heldout is not None
     assert sorted(shuffled.heldout["row"]) == result.heldout["row"][:]
     for name, scores in result.scores.items():
         assert np.array_equal(shuffled.scores[name], scores[order], equal_nan=True)
-    assert outcome(audit(data, DEFAULTS, holdout=0.2, batch_size=13)) == outcome(result)
+    assert outcome(audit(data, settings=DEFAULTS, holdout=0.2, batch_size=13)) == outcome(result)
 
 
 def test_auditing_what_was_kept_drops_nothing_more():
-    again = audit(audit(faulty(), DEFAULTS).train, DEFAULTS)
+    again = audit(audit(faulty(), settings=DEFAULTS).train, settings=DEFAULTS)
     assert len(again.dropped) == 0
     assert set(again.counts.values()) == {0}
 
@@ -165,22 +168,22 @@ def test_auditing_what_was_kept_drops_nothing_more():
 def test_rethreshold_is_an_audit_without_scoring():
     data, calls = faulty(), []
 
-    def count(texts: list[str]) -> list[int]:
+    def count(texts: list[str], **_: bool) -> dict[str, list[list[int]]]:
         calls.append(len(texts))
-        return [len(text) for text in texts]
+        return of_lengths(len)(texts)
 
-    result = audit(data, DEFAULTS, holdout=0.1, count_tokens=count)
+    result = audit(data, settings=DEFAULTS, holdout=0.1, tokenizer=count)
     calls.clear()
     stricter = QualitySettings(max_length_ratio=1.1, policy={"identical": "flag"}, max_drop_fraction=1.0)
     again = result.rethreshold(stricter)
     assert not calls
-    assert outcome(again) == outcome(audit(data, stricter, holdout=0.1, count_tokens=count))
+    assert outcome(again) == outcome(audit(data, settings=stricter, holdout=0.1, tokenizer=count))
     assert outcome(again) != outcome(result)
     assert result.rethreshold(DEFAULTS, holdout=0).heldout is None
 
 
 def test_rethreshold_says_what_it_cannot_do():
-    result = audit(faulty(), QualitySettings(policy={"similarity": "keep"}))
+    result = audit(faulty(), settings=QualitySettings(policy={"similarity": "keep"}))
     with pytest.raises(ValueError, match="no scores of similarity"):
         result.rethreshold(DEFAULTS)
     with pytest.raises(ValueError, match="'lexical', not 'other'"):
@@ -192,7 +195,7 @@ def test_rethreshold_says_what_it_cannot_do():
 def test_records_say_which_row_why_and_show_it(tmp_path: Path):
     pairs = make_pairs(6)
     pairs["rejected"][2] = "word \x1b[31m" + "long " * 500
-    result = audit(Dataset.from_dict(pairs), DEFAULTS, sources=["a", "a", "b", "b", "b", "b"])
+    result = audit(Dataset.from_dict(pairs), settings=DEFAULTS, sources=["a", "a", "b", "b", "b", "b"])
     (record,) = result.records
     assert (record["row"], record["source"], record["check"], record["action"]) == (
         2,
@@ -218,7 +221,7 @@ def test_records_say_which_row_why_and_show_it(tmp_path: Path):
 def test_a_failed_write_leaves_the_old_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     path = tmp_path / "records.jsonl"
     path.write_text("old\n", encoding="utf-8")
-    result = audit(faulty(), DEFAULTS)
+    result = audit(faulty(), settings=DEFAULTS)
     monkeypatch.setattr(json, "dumps", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         result.write_records(path)
@@ -231,7 +234,7 @@ def test_infinite_scores_are_recorded_as_valid_json(tmp_path: Path):
         def score(self, batch, settings, embedder):
             return np.full(len(batch), np.inf)
 
-    result = audit(Dataset.from_dict(make_pairs(2)), DEFAULTS, checks=[Infinite()])
+    result = audit(Dataset.from_dict(make_pairs(2)), settings=DEFAULTS, checks=[Infinite()])
     result.write_records(tmp_path / "r.jsonl")
     assert json.loads((tmp_path / "r.jsonl").read_text().splitlines()[0])["score"] is None
 
@@ -245,7 +248,7 @@ def test_length_bias_before_and_after():
             "rejected": [short, short, short, short, short, short, short, short],
         }
     )
-    result = audit(data, DEFAULTS)
+    result = audit(data, settings=DEFAULTS)
     before, after = result.length_bias_before, result.length_bias_after
     assert (before.pairs, after.pairs) == (7, 4)
     assert (before.chosen_longer, before.rejected_longer) == pytest.approx((4 / 7, 1 / 7))
@@ -255,53 +258,55 @@ def test_length_bias_before_and_after():
 
 
 def test_a_set_in_which_better_means_longer_gets_a_note(sound: Dataset):
-    assert not any("longer one" in note for note in audit(sound, DEFAULTS).section().notes)
+    assert not any("longer one" in note for note in audit(sound, settings=DEFAULTS).section().notes)
     pairs = make_pairs(200)
     pairs["chosen"] = [text + " and more of it here for all to see" for text in pairs["chosen"]]
-    notes = audit(Dataset.from_dict(pairs), DEFAULTS).section().notes
+    notes = audit(Dataset.from_dict(pairs), settings=DEFAULTS).section().notes
     assert any(note.startswith("The chosen answer is the longer one in 100.0 % of") for note in notes)
     swapped = Dataset.from_dict({**pairs, "chosen": pairs["rejected"], "rejected": pairs["chosen"]})
-    assert any("The rejected answer is the longer" in note for note in audit(swapped, DEFAULTS).section().notes)
+    assert any(
+        "The rejected answer is the longer" in note for note in audit(swapped, settings=DEFAULTS).section().notes
+    )
 
 
 def test_the_section_has_the_figures_and_is_json():
-    result = audit(faulty(), DEFAULTS, holdout=0.25, sources="prompt")
+    result = audit(faulty(), settings=DEFAULTS, holdout=0.25, sources="prompt")
     section = result.section()
     facts, data = dict(section.facts), json.loads(json.dumps(section.data, allow_nan=False))
-    assert facts["held-out pairs"] == "8 (0 shared prompts)"
-    assert facts["lengths counted in"] == "whitespace words"
+    assert facts["held out"] == "8 (0 shared prompts)"
+    assert facts["lengths counted in"] == "words"
     assert any("no tokenizer was given" in note for note in section.notes)
     assert data["train"] + data["heldout"] + data["dropped"] == data["pairs"] == 60
     assert data["checks"]["identical"]["flagged"] == 16
     assert [row[0] for row in section.tables[0].rows] == list(result.counts)
     assert all(len(row) == len(table.columns) for table in section.tables for row in table.rows)
     assert sum(source["train"] for source in data["sources"].values()) == data["train"]
-    counted = audit(faulty(), DEFAULTS, count_tokens=lambda texts: [len(text) for text in texts]).section()
+    counted = audit(faulty(), settings=DEFAULTS, tokenizer=of_lengths(len)).section()
     assert dict(counted.facts)["lengths counted in"] == "tokens"
-    assert not any("tokenizer" in note for note in counted.notes)
+    assert not any("no tokenizer" in note for note in counted.notes)
 
 
 def test_a_section_without_any_well_formed_pair_is_json_too():
     data = Dataset.from_dict({"prompt": ["a", "b"], "chosen": ["", ""], "rejected": ["x", "y"]})
-    result = audit(data, QualitySettings(policy={"malformed": "flag"}))
+    result = audit(data, settings=QualitySettings(policy={"malformed": "flag"}))
     assert json.loads(json.dumps(result.section().data, allow_nan=False))["length_bias"]["after"]["pairs"] == 0
     assert "nan" not in result.summary_table() + str(result.section().facts)
 
 
 def test_wrong_counts_and_labels_are_refused():
-    with pytest.raises(ValueError, match="not one count each"):
-        audit(faulty(), DEFAULTS, count_tokens=lambda texts: [1])
+    with pytest.raises(ValueError, match="returned 1 sequences for 180 texts, not one each"):
+        audit(faulty(), settings=DEFAULTS, tokenizer=lambda texts, **_: {"input_ids": [[1]]})
     with pytest.raises(ValueError, match="1 labels for 60 rows"):
-        audit(faulty(), DEFAULTS, sources=["a"])
+        audit(faulty(), settings=DEFAULTS, sources=["a"])
 
 
 def test_the_settings_holdout_is_the_default():
-    assert audit(faulty(), QualitySettings(holdout=8)).section().data["heldout"] == 8
-    assert audit(faulty(), QualitySettings(holdout=8), holdout=0).heldout is None
+    assert audit(faulty(), settings=QualitySettings(holdout=8)).section().data["heldout"] == 8
+    assert audit(faulty(), settings=QualitySettings(holdout=8), holdout=0).heldout is None
 
 
 def test_real_conversations(sharegpt: Dataset):
-    result = audit(sharegpt, DEFAULTS, holdout=0.1)
+    result = audit(sharegpt, settings=DEFAULTS, holdout=0.1)
     ratios = result.scores["length_ratio"]
     assert result.counts["malformed"] == 0
     assert result.counts["length_ratio"] == (ratios > 2).sum() > 30
@@ -310,7 +315,7 @@ def test_real_conversations(sharegpt: Dataset):
     assert len(result.train) + len(result.heldout) + len(result.dropped) == 300
     # The system prompt and earlier turns belong to the prompt.
     assert all(text.startswith("system: ") for text in _prompts(result, sharegpt, "system"))
-    assert len(audit(result.train, DEFAULTS).dropped) == 0
+    assert len(audit(result.train, settings=DEFAULTS).dropped) == 0
 
 
 def _prompts(result: AuditResult, data: Dataset, first: str) -> list[str]:
@@ -319,7 +324,7 @@ def _prompts(result: AuditResult, data: Dataset, first: str) -> list[str]:
 
 
 def test_real_judged_pairs(judged: Dataset):
-    with_sources = audit(judged, QualitySettings(max_drop_fraction=0.9), sources="source", holdout=70)
+    with_sources = audit(judged, settings=QualitySettings(max_drop_fraction=0.9), sources="source", holdout=70)
     expected = sum(" ".join(row["chosen"].split()) == " ".join(row["rejected"].split()) for row in judged)
     assert with_sources.counts["identical"] == expected
     assert sum(s["pairs"] for s in with_sources.section().data["sources"].values()) == len(judged)
@@ -346,11 +351,6 @@ def test_the_built_ins_are_registered_through_the_hooks():
     manager = pluggy.PluginManager(hookspecs.PROJECT)
     manager.add_hookspecs(hookspecs)
     manager.register(builtins)
-    assert [c.name for c in manager.hook.pair_checks()[0]] == [
-        "malformed",
-        "identical",
-        "length_ratio",
-        "similarity",
-    ]
+    assert [c.name for c in manager.hook.pair_checks()[0]] == list(extensions().pair_checks)
     assert [e.name for e in manager.hook.embedders()[0]] == ["lexical"]
     assert LengthRatio.setting in QualitySettings.model_fields

@@ -8,7 +8,9 @@ import pytest
 from datasets import Dataset, Features, IterableDataset, Value
 
 from axolotl_dpo_ext.quality import audit
-from axolotl_dpo_ext.quality.pairs import Pair, iter_pairs, parse_pair, read_pairs
+from axolotl_dpo_ext.quality.pairs import Pair, parse_pair
+from axolotl_dpo_ext.quality.reading import PairReader, read_pairs
+from axolotl_dpo_ext.quality.tokens import TextTokenizer
 from axolotl_dpo_ext.settings import QualitySettings
 from axolotl_dpo_ext.vocabulary import ConfigurationError
 
@@ -18,7 +20,13 @@ USER = {"role": "user", "content": "What is 2+2?"}
 YES, NO = {"role": "assistant", "content": "4"}, {"role": "assistant", "content": "5"}
 HUMAN = {"from": "human", "value": "What is 2+2?"}
 GPT_YES, GPT_NO = {"from": "gpt", "value": "4"}, {"from": "gpt", "value": "5"}
-PLAIN = Pair("What is 2+2?", "4", "5")
+PLAIN = ("What is 2+2?", "4", "5", "")
+
+
+def texts(data: Dataset, size: int) -> list[list[tuple[str, ...]]]:
+    """Returns the texts of a dataset's pairs with what is wrong with them, by batch."""
+    batches = PairReader(data, TextTokenizer.of(None)).batches(size)
+    return [list(zip(b.prompts, b.chosen, b.rejected, b.faults, strict=True)) for b in batches]
 
 
 @pytest.mark.parametrize(
@@ -46,22 +54,22 @@ PLAIN = Pair("What is 2+2?", "4", "5")
 )
 def test_every_form_is_the_same_pair(row: dict[str, Any]):
     data = Dataset.from_list([row, row])
-    assert list(iter_pairs(data, 1)) == [[PLAIN], [PLAIN]]
-    assert read_pairs(data, [1]) == [PLAIN]
+    assert texts(data, 1) == [[PLAIN], [PLAIN]]
+    assert [pair[:4] for pair in read_pairs(data, [1])] == [PLAIN]
 
 
 def test_multi_turn_prompts_and_content_parts():
     turns = [{"role": "system", "content": ""}, USER, YES, {"role": "user", "content": "Sure?"}]
     parts = {"role": "assistant", "content": [{"type": "text", "text": "Y"}, {"type": "text", "text": "es"}]}
     pair = parse_pair([*turns, parts], [*turns, NO])
-    assert pair == Pair("system: \nuser: What is 2+2?\nassistant: 4\nuser: Sure?", "Yes", "5")
+    assert pair[:3] == ("system: \nuser: What is 2+2?\nassistant: 4\nuser: Sure?", "Yes", "5")
 
 
 def test_conversations_that_part_early_keep_all_later_turns():
     more = {"role": "user", "content": "Sure?"}
-    assert parse_pair([USER, YES, more, YES], [USER, NO]) == Pair("What is 2+2?", "4\nSure?\n4", "5")
-    assert parse_pair([USER, YES, more, YES], [USER, YES]) == Pair("What is 2+2?", "4\nSure?\n4", "4")
-    assert parse_pair([USER, YES], [USER, YES]) == Pair("What is 2+2?", "4", "4")
+    assert parse_pair([USER, YES, more, YES], [USER, NO])[:4] == ("What is 2+2?", "4\nSure?\n4", "5", "")
+    assert parse_pair([USER, YES, more, YES], [USER, YES])[:4] == ("What is 2+2?", "4\nSure?\n4", "4", "")
+    assert parse_pair([USER, YES], [USER, YES])[:4] == ("What is 2+2?", "4", "4", "")
 
 
 def test_a_tool_call_is_an_answer():
@@ -135,7 +143,7 @@ def test_conversations_without_a_common_prompt_are_malformed():
 
 def test_numbers_instead_of_text_are_malformed_rows_not_a_crash():
     data = Dataset.from_dict({**make_pairs(4), "rejected": [1, 2, None, 4]})
-    result = audit(data, QualitySettings(policy={"malformed": "flag"}))
+    result = audit(data, settings=QualitySettings(policy={"malformed": "flag"}))
     assert [record["reason"] for record in result.records] == [
         "rejected: not text but int",
         "rejected: not text but int",
@@ -147,8 +155,8 @@ def test_numbers_instead_of_text_are_malformed_rows_not_a_crash():
 
 def test_a_set_format_makes_no_difference():
     rows = [{"chosen": [USER, YES], "rejected": [USER, NO]}] * 2
-    assert read_pairs(Dataset.from_list(rows).with_format("numpy"), [0, 1]) == [PLAIN] * 2
-    assert list(iter_pairs(Dataset.from_list(rows).with_format("numpy"), 2)) == [[PLAIN] * 2]
+    assert [pair[:4] for pair in read_pairs(Dataset.from_list(rows).with_format("numpy"), [0, 1])] == [PLAIN] * 2
+    assert texts(Dataset.from_list(rows).with_format("numpy"), 2) == [[PLAIN] * 2]
 
 
 def test_a_column_of_nulls_is_a_missing_prompt():
@@ -159,13 +167,13 @@ def test_a_column_of_nulls_is_a_missing_prompt():
 
 def test_other_columns_are_neither_read_nor_lost():
     data = Dataset.from_dict({**make_pairs(3), "margin": [0.1, 0.2, 0.3]})
-    result = audit(data, QualitySettings())
+    result = audit(data, settings=QualitySettings())
     assert result.train["margin"][:] == [0.1, 0.2, 0.3]
 
 
 def test_missing_columns_and_streams_are_configuration_errors():
     with pytest.raises(ConfigurationError, match="no column 'rejected'"):
-        audit(Dataset.from_dict({"prompt": ["a"], "chosen": ["b"]}), QualitySettings())
+        audit(Dataset.from_dict({"prompt": ["a"], "chosen": ["b"]}), settings=QualitySettings())
     stream = IterableDataset.from_generator(lambda: iter([{"chosen": "a", "rejected": "b"}]))
     with pytest.raises(ConfigurationError, match="IterableDataset"):
-        audit(stream, QualitySettings())
+        audit(stream, settings=QualitySettings())

@@ -33,6 +33,7 @@ class Malformed(PairCheck):
     summary = "empty, missing, not text, or not the assistant's answer"
     default_policy: Policy = "drop"
     sees_malformed = True
+    on_singles = True
 
     def threshold(self, settings: QualitySettings) -> float:
         """Returns 0.5, between well-formed (0) and malformed (1)."""
@@ -41,8 +42,9 @@ class Malformed(PairCheck):
     def score(self, batch: PairBatch, settings: QualitySettings, embedder: Embedder) -> NDArray[np.float64]:
         """Returns 1 for malformed pairs, else 0."""
         faults = batch.faults or [""] * len(batch)
-        sides = zip(faults, batch.prompts, batch.chosen, batch.rejected, strict=True)
-        return np.array([bool(f) or _no_words(p) or _is_empty(c) or _is_empty(r) for f, p, c, r in sides], dtype=float)
+        answers = [batch.chosen] if batch.desirable is not None else [batch.chosen, batch.rejected]
+        rows = zip(faults, batch.prompts, *answers, strict=True)
+        return np.array([bool(f) or _no_words(p) or any(map(_is_empty, sides)) for f, p, *sides in rows], dtype=float)
 
 
 def _no_words(prompt: str) -> bool:

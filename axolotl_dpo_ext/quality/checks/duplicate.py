@@ -1,0 +1,68 @@
+"""Pairs that are in the data twice, or nearly: they count double, and can be in both splits."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from axolotl_dpo_ext.quality import near_duplicates
+from axolotl_dpo_ext.quality.base import PairBatch, ReadTexts, Scores, SetCheck
+from axolotl_dpo_ext.quality.text import collapse, stable_hash
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from axolotl_dpo_ext.settings import Policy, QualitySettings
+
+
+class Duplicate(SetCheck):
+    """Finds pairs whose prompt and answers are each nearly those of another pair.
+
+    Of each two, one is spared: that with the smaller hash of its text, so that it does not depend on row order.
+    """
+
+    name = "duplicate"
+    summary = "nearly the same prompt and answers as in another pair"
+    default_policy: Policy = "drop"
+    setting = "max_duplicate_similarity"
+    on_singles = True
+
+    def threshold(self, settings: QualitySettings) -> float:
+        """Returns ``max_duplicate_similarity``."""
+        return settings.max_duplicate_similarity
+
+    def sketch(self, batch: PairBatch, settings: QualitySettings) -> NDArray[np.uint32]:
+        """Returns MinHashes, a hash of the texts and the label, shape ``(n, 39)``."""
+        labels = np.zeros(len(batch)) if batch.desirable is None else batch.desirable
+        hashes = [_content(*texts) for texts in zip(batch.prompts, batch.chosen, batch.rejected, strict=True)]
+        return np.column_stack(
+            [
+                near_duplicates.sketch([batch.prompts, batch.chosen, batch.rejected]).reshape(len(batch), -1),
+                np.array(hashes, dtype=np.uint64).view(np.uint32).reshape(-1, 2),
+                labels.astype(np.uint32),
+            ]
+        )
+
+    def compare(self, sketches: NDArray[np.uint32], settings: QualitySettings, read: ReadTexts) -> Scores:
+        """Returns the similarity to the most similar pair with a smaller hash, 0 if none is near.
+
+        Unpaired answers with different labels are no duplicates but contradictions.
+        """
+        values, matched = np.zeros(len(sketches)), np.full(len(sketches), -1, dtype=np.int64)
+        ranks = np.ascontiguousarray(sketches[:, -3:-1]).view(np.uint64).ravel()
+        minima = sketches[:, :-3].reshape(len(sketches), -1, 3)
+        for label in np.unique(sketches[:, -1]):
+            places = np.flatnonzero(sketches[:, -1] == label)
+            found = near_duplicates.nearest_before(minima[places], ranks[places], _reader_at(places, read))
+            values[places] = found[0]
+            matched[places] = np.where(found[1] >= 0, places[found[1]], -1)
+        return Scores(values, matched)
+
+
+def _reader_at(places: NDArray[np.int64], read: ReadTexts) -> ReadTexts:
+    return lambda rows: read(places[np.asarray(rows)])
+
+
+def _content(prompt: str, chosen: str, rejected: str) -> int:
+    return stable_hash("\0".join(collapse(text).lower() for text in (prompt, chosen, rejected)))

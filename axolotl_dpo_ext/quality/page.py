@@ -1,0 +1,176 @@
+"""The page of the run report on the data: what was found, what other thresholds would find, and examples."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from axolotl_dpo_ext.quality.histograms import histograms
+from axolotl_dpo_ext.quality.reading import read_pairs
+from axolotl_dpo_ext.quality.render import bias_lines, found, kept_line, notes, percent, shared_prompts
+from axolotl_dpo_ext.quality.text import excerpt
+from axolotl_dpo_ext.vocabulary import Example, ExampleGroup, Section, Table
+
+if TYPE_CHECKING:
+    from axolotl_dpo_ext.quality.bias import LengthBias
+    from axolotl_dpo_ext.quality.pairs import Pair
+    from axolotl_dpo_ext.quality.result import AuditResult, Reason
+
+_EXAMPLES, _EXCERPT = 3, 600
+
+
+def section(result: AuditResult) -> Section:
+    """Returns the outcome as the report's page on the data."""
+    held_out = f"{len(result.heldout_rows)} ({shared_prompts(result)} shared prompts)" if result.heldout else "none"
+    dropped = len(result.dropped_rows)
+    return Section(
+        title="Data",
+        summary=kept_line(result).capitalize() + ".",
+        facts=[
+            ("pairs audited" if result.scored.paired else "answers audited", result.pairs),
+            ("dropped", f"{dropped} ({percent(dropped / result.pairs)})"),
+            ("to train on", len(result.train)),
+            ("held out", held_out),
+            ("lengths counted in", result.scored.unit),
+            ("embedder", result.scored.embedder),
+            *bias_lines(result),
+        ],
+        tables=[_reasons(result), *_what_if(result), *_sources(result)],
+        histograms=histograms(result),
+        examples=_examples(result),
+        notes=notes(result),
+        data=_data(result),
+    )
+
+
+def _reasons(result: AuditResult) -> Table:
+    return Table(
+        columns=["check", "policy", "threshold", "flagged", "share", "finds"],
+        rows=[[r.check, r.policy, f"> {r.threshold:g}", *found(r), r.summary] for r in result.reasons],
+        caption="Rows flagged by each check. A row can be flagged by several.",
+    )
+
+
+def _what_if(result: AuditResult) -> list[Table]:
+    """Returns how many rows other thresholds would flag, of the checks whose threshold is a setting."""
+    rows = [
+        [reason.check, f"> {threshold:g}", flagged, percent(flagged / result.pairs)]
+        for reason in result.reasons
+        if reason.setting and reason.scored
+        for threshold, flagged in result.what_if(reason.check)
+    ]
+    caption = "What other thresholds would flag; `rethreshold()` decides again without a new audit."
+    return [Table(columns=["check", "score", "flagged", "share"], rows=rows, caption=caption)] if rows else []
+
+
+def _sources(result: AuditResult) -> list[Table]:
+    if result.scored.sources is None:
+        return []
+    figures = by_source(result)
+    checks = [reason.check for reason in result.reasons if reason.flagged]
+    rows = [
+        [name, of["pairs"], of["dropped"], of["train"], of["heldout"], *(of["flagged"][check] for check in checks)]
+        for name, of in figures.items()
+    ]
+    columns = ["source", "rows", "dropped", "training", "held out", *checks]
+    return [Table(columns=columns, rows=rows, caption="Rows by source, and those flagged by each check.")]
+
+
+def by_source(result: AuditResult) -> dict[str, dict[str, Any]]:
+    """Returns the figures of each source, by its name."""
+    names, source = np.unique(np.asarray(result.scored.sources, dtype=str), return_inverse=True)
+    k = len(names)
+    pairs = np.bincount(source, minlength=k)
+    dropped = np.bincount(source[result.dropped_rows], minlength=k)
+    heldout = np.bincount(source[result.heldout_rows], minlength=k)
+    flagged = {r.check: np.bincount(source[result.scores[r.check] > r.threshold], minlength=k) for r in result.reasons}
+    return {
+        str(name): {
+            "pairs": int(pairs[i]),
+            "dropped": int(dropped[i]),
+            "train": int(pairs[i] - dropped[i] - heldout[i]),
+            "heldout": int(heldout[i]),
+            "flagged": {check: int(counts[i]) for check, counts in flagged.items()},
+        }
+        for i, name in enumerate(names)
+    }
+
+
+def _examples(result: AuditResult) -> list[ExampleGroup]:
+    return [
+        ExampleGroup(f"{reason.check}: {reason.summary}", [_example(result, reason, row) for row in rows])
+        for reason in result.reasons
+        if (rows := _strongest(result, reason))
+    ]
+
+
+def _strongest(result: AuditResult, reason: Reason) -> list[int]:
+    scores = result.scores[reason.check]
+    flagged = np.flatnonzero(scores > reason.threshold)
+    return [int(row) for row in flagged[np.argsort(-scores[flagged], kind="stable")][:_EXAMPLES]]
+
+
+def _example(result: AuditResult, reason: Reason, row: int) -> Example:
+    score = result.scores[reason.check][row]
+    fault = result.scored.faults.get(row) if reason.check == "malformed" else None
+    matched = result.scored.matched.get(reason.check)
+    other = int(matched[row]) if matched is not None and reason.check != "leakage" else -1
+    pair = read_pairs(result.scored.dataset, [row])[0]
+    answers = _answers(pair)
+    if other >= 0:
+        answers += [
+            (f"{name} of row {other}", text) for name, text in _answers(read_pairs(result.scored.dataset, [other])[0])
+        ]
+    return Example(f"{place(result, row)}: {fault or f'{score:.4g}'}", excerpt(pair.prompt, _EXCERPT), answers)
+
+
+def place(result: AuditResult, row: int) -> str:
+    """Returns where a row is, for people."""
+    if result.scored.sources is None or result.source_rows is None:
+        return f"row {row}"
+    return f"{result.scored.sources[row]}, row {result.source_rows[row]}"
+
+
+def _answers(pair: Pair) -> list[tuple[str, str]]:
+    if pair.desirable is not None:
+        return [("desirable" if pair.desirable else "undesirable", excerpt(pair.chosen, _EXCERPT))]
+    return [("chosen", excerpt(pair.chosen, _EXCERPT)), ("rejected", excerpt(pair.rejected, _EXCERPT))]
+
+
+def _data(result: AuditResult) -> dict[str, Any]:
+    data: dict[str, Any] = {
+        "pairs": result.pairs,
+        "dropped": len(result.dropped_rows),
+        "train": len(result.train),
+        "heldout": len(result.heldout_rows),
+        "shared_prompts": shared_prompts(result),
+        "length_unit": result.scored.unit,
+        "embedder": result.scored.embedder,
+        "checks": {
+            r.check: {
+                "policy": r.policy,
+                "threshold": _finite(r.threshold),
+                "scored": r.scored,
+                "flagged": r.flagged,
+                "share": r.share,
+                "example": r.example,
+            }
+            for r in result.reasons
+        },
+    }
+    if result.scored.paired:
+        before, after = result.length_bias_before, result.length_bias_after
+        data["length_bias"] = {"before": _bias_data(before), "after": _bias_data(after)}
+    if result.scored.sources is not None:
+        data["sources"] = by_source(result)
+    return data
+
+
+def _bias_data(bias: LengthBias) -> dict[str, float | int | None]:
+    return {name: _finite(value) for name, value in vars(bias).items()}
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

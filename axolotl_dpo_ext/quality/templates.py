@@ -1,0 +1,56 @@
+"""A pair's texts as the model will see them: what the run's chat template makes of a conversation."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from axolotl_dpo_ext.quality.text import common_length
+
+if TYPE_CHECKING:
+    from axolotl_dpo_ext.quality.pairs import Messages, Pair
+
+
+class Rendered(NamedTuple):
+    """Prompt, chosen and rejected answer behind one another make the text of a sequence."""
+
+    prompt: str
+    chosen: str
+    rejected: str
+
+
+class TemplateFaultError(ValueError):
+    """The chat template refuses the conversation; the message says why."""
+
+
+def render(pair: Pair, tokenizer: Any, tools: Any = None) -> Rendered:
+    """Returns a pair of conversations as text, as TRL renders it (trl/trainer/dpo_trainer.py: tokenize_fn).
+
+    Args:
+        pair: A pair with a conversation.
+        tokenizer: A tokenizer with a chat template.
+        tools: The row's tools: a list of function schemas, or that as JSON.
+
+    Raises:
+        TemplateFaultError: The template refuses the messages, for example because roles do not alternate.
+    """
+    asked, chosen, rejected = pair.conversation or ([], [], [])
+    try:
+        tools = json.loads(tools) if isinstance(tools, str) and tools else tools or None
+        opened = _apply(tokenizer, asked, tools, add_generation_prompt=True) if asked else ""
+        return Rendered(opened, *(_answer(tokenizer, asked, side, tools, opened) for side in (chosen, rejected)))
+    except Exception as error:  # a template raises what it likes: jinja2's errors, TypeError, KeyError
+        raise TemplateFaultError(f"the chat template refuses it: {error or type(error).__name__}") from error
+
+
+def _answer(tokenizer: Any, asked: Messages, answer: Messages, tools: Any, opened: str) -> str:
+    if not answer:
+        return ""
+    whole = _apply(tokenizer, [*asked, *answer], tools)
+    # Some templates write the opening of a turn otherwise when its answer follows (an empty thinking block).
+    return whole[common_length(opened, whole) :]
+
+
+def _apply(tokenizer: Any, messages: Sequence[dict[str, Any]], tools: Any, **options: bool) -> str:
+    return str(tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, **options))
