@@ -15,7 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from axolotl_dpo_ext.quality.files.json_rows import CUT_OFF
-from axolotl_dpo_ext.quality.files.streams import CutOffError, Row, UnusableFileError, data_suffix, read_lines
+from axolotl_dpo_ext.quality.files.streams import (
+    LATIN_1_FIX,
+    CutOffError,
+    Row,
+    UnusableFileError,
+    data_suffix,
+    is_name,
+    read_lines,
+)
 
 _TEXT_COLUMNS = {"prompt", "conversations", "messages", "chosen", "rejected", "completion"}
 # No leading zeros and no spaces: `007` is a name, not a number.
@@ -67,6 +75,9 @@ class CsvFile:
             names: list[str] = next(self._reader(), [])
         except (csv.Error, CutOffError) as error:
             raise UnusableFileError("a broken first line", str(error) or CUT_OFF, "correct or copy the file") from None
+        if not is_name("".join(names)):
+            reason = "columns need names in UTF-8 without NUL bytes"
+            raise UnusableFileError(f"the first line {names}", reason, LATIN_1_FIX)
         if len(set(names)) < len(names):
             twice = next(name for name in names if names.count(name) > 1)
             fix = "rename or remove one of them"

@@ -13,7 +13,15 @@ from json.decoder import JSONDecoder
 from pathlib import Path
 from typing import Any
 
-from axolotl_dpo_ext.quality.files.streams import LATIN_1_FIX, CutOffError, Row, UnusableFileError, read_all, read_lines
+from axolotl_dpo_ext.quality.files.streams import (
+    LATIN_1_FIX,
+    CutOffError,
+    Row,
+    UnusableFileError,
+    is_name,
+    read_all,
+    read_lines,
+)
 
 CUT_OFF = "the compressed file ends here: it was cut off, so what came after is lost; copy or compress it again"
 _DEEPEST = 64  # Python's recursion limit would be met somewhere later, in a place that depends on the caller
@@ -214,6 +222,8 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         keys = [key for key, _ in pairs]
         twice = next(key for key in keys if keys.count(key) > 1)
         raise _FaultError(f"the key {twice!r} is there twice in one object, and which one is meant cannot be told")
+    if not is_name("".join(values)):
+        raise _FaultError(f"a key is not Unicode text, or has a NUL: {list(values)}")
     return values
 
 

@@ -12,12 +12,11 @@ import pyarrow.parquet as pq
 
 from axolotl_dpo_ext.quality.files.csv_rows import CsvFile
 from axolotl_dpo_ext.quality.files.json_rows import is_lines, line_rows, text_rows
-from axolotl_dpo_ext.quality.files.sources import CHUNK_ROWS, ArrowSource, RowSource, Source
+from axolotl_dpo_ext.quality.files.sources import CHUNK_ROWS, ArrowSource, RowSource, Source, damaged
 from axolotl_dpo_ext.quality.files.streams import COMPRESSIONS, UnusableFileError, data_suffix
 
 _TEXTS = (".jsonl", ".json", ".csv", ".tsv")
 _SUFFIXES = (*_TEXTS, ".parquet", ".arrow")
-_AGAIN = "write or copy it again"
 
 
 def open_source(path: Path) -> Source:
@@ -37,7 +36,7 @@ def open_source(path: Path) -> Source:
             f"a file with the suffix {path.suffix!r}", f"only these can be read: {known}", "convert or rename it"
         )
     if not path.stat().st_size:
-        raise UnusableFileError("0 bytes", "an empty file has no pairs", f"{_AGAIN}, or leave it out")
+        raise UnusableFileError("0 bytes", "an empty file has no pairs", "write or copy it again, or leave it out")
     if suffix in (".parquet", ".arrow"):
         return _arrow_source(path, _parquet_tables if suffix == ".parquet" else _ipc_tables)
     if suffix in (".csv", ".tsv"):
@@ -70,13 +69,12 @@ def _guarded(path: Path, read: Any) -> Iterator[pa.Table]:
     try:
         yield from read(path)
     except (pa.ArrowException, OSError) as error:
-        kind = data_suffix(path)[1:]
-        raise UnusableFileError(f"no sound {kind} file", f"it is damaged or cut off: {error}", _AGAIN) from error
+        raise damaged(error) from error
 
 
 def _parquet_tables(path: Path) -> Iterator[pa.Table]:
     with pq.ParquetFile(path) as file:
-        yield file.schema_arrow.empty_table()
+        yield pa.Table.from_batches([], file.schema_arrow)
         for batch in file.iter_batches(CHUNK_ROWS):
             yield pa.Table.from_batches([batch])
 
@@ -91,7 +89,7 @@ def _ipc_tables(path: Path) -> Iterator[pa.Table]:
         else:
             reader = pa.ipc.open_stream(file)
             batches = iter(reader)
-        yield reader.schema.empty_table()
+        yield pa.Table.from_batches([], reader.schema)
         for batch in batches:
             for start in range(0, len(batch), CHUNK_ROWS):
                 yield pa.Table.from_batches([batch.slice(start, CHUNK_ROWS)])

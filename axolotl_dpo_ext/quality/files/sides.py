@@ -97,7 +97,8 @@ def _kind_in_list(value: Any) -> str:
 def _misfit(value: Any, kind: str) -> str:
     if (found := _kind(value)) != kind:
         return f"{found}, but it has to be {kind}, as in most rows of the file"
-    for place, message in enumerate(_messages([value], kind)):
+    messages = _messages([value], kind) if kind in (MESSAGE, MESSAGES) else []
+    for place, message in enumerate(messages):
         for key in (*_NAMES, *_CONTENTS):
             part = message.get(key)
             if not (part is None or isinstance(part, str) or (key in _CONTENTS and _is_parts(part))):

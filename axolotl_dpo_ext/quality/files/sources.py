@@ -98,8 +98,7 @@ class RowSource(Source):
             if not grown:
                 table, faults = to_batch(chunk, self.schema, types)
                 yield Part(table, [row.number for row in chunk], faults)
-        if not self._complete:
-            self._complete = True
+        self._complete = True
         if grown:
             self.schema = survey.schema
             raise SchemaGrewError
@@ -174,6 +173,11 @@ def no_answers(columns: list[str], fault: str) -> UnusableFileError:
     )
 
 
+def damaged(error: Exception) -> UnusableFileError:
+    """Returns the error of a file whose bytes are not what its format says."""
+    return UnusableFileError("a damaged file", f"it is broken or cut off: {error}", "write or copy it again")
+
+
 def _empty() -> UnusableFileError:
     return UnusableFileError("no rows", "there is nothing to read", "check how the file was made, or leave it out")
 
@@ -193,10 +197,16 @@ def _chunks(rows: Iterable[Row]) -> Iterator[list[Row]]:
 
 
 def _not_utf8(column: pa.ChunkedArray) -> list[int]:
-    """Returns the rows whose texts are not UTF-8; Parquet and Arrow files are not checked when they are read."""
+    """Returns the rows whose texts are not UTF-8; Parquet and Arrow files are not checked when they are read.
+
+    Raises:
+        UnusableFileError: The column is broken in another way.
+    """
     try:
         column.validate(full=True)
-    except pa.ArrowInvalid:
+    except pa.ArrowException as error:
+        if "UTF8" not in str(error):
+            raise damaged(error) from error
         return [row for row in range(len(column)) if not _is_valid(column.slice(row, 1))]
     return []
 

@@ -58,6 +58,11 @@ def data_suffix(path: Path) -> str:
     return name.suffix.lower()
 
 
+def is_name(text: str) -> bool:
+    """Tells whether Arrow can keep a text as a column's name: in UTF-8, and without NUL, at which names end."""
+    return "\0" not in text and (text.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in text))
+
+
 def read_lines(path: Path) -> Iterator[bytes]:
     r"""Yields the lines of a file with their ends (``\n``), without a byte order mark.
 

@@ -120,7 +120,7 @@ def _stored(value: Any, kind: pa.DataType) -> Any:
     if value is None:
         return None
     if kind == JSON:
-        return json.dumps(value, default=str)
+        return json.dumps(value, ensure_ascii=False, default=str)
     if pa.types.is_list(kind):
         return [_stored(item, kind.value_type) for item in value]
     if pa.types.is_struct(kind):

@@ -23,7 +23,7 @@ def write_rows(dataset: Dataset, path: Path) -> None:
     """Writes a dataset by the path's suffix: ``.jsonl``, ``.parquet`` or ``.csv``.
 
     Others see the whole file or what was there before, also after a crash. JSON keeps all letters as they are;
-    only rows with half a surrogate pair are written with escapes, since UTF-8 has none.
+    only half a surrogate pair is written as an escape, since UTF-8 has none.
 
     Args:
         dataset: The rows.
@@ -60,11 +60,8 @@ def write_rows(dataset: Dataset, path: Path) -> None:
 
 def _write_json_lines(dataset: Dataset, file: BinaryIO) -> None:
     for row in dataset.with_format(None):
-        try:
-            line = json.dumps(row, ensure_ascii=False, default=str).encode()
-        except UnicodeEncodeError:
-            line = json.dumps(row, default=str).encode()
-        file.write(line + b"\n")
+        # The backslash escape of half a surrogate pair is also its escape in JSON.
+        file.write(json.dumps(row, ensure_ascii=False, default=str).encode("utf-8", "backslashreplace") + b"\n")
 
 
 def _write_parquet(dataset: Dataset, file: BinaryIO) -> None:
