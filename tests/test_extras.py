@@ -31,10 +31,10 @@ def test_a_package_that_is_there_is_imported_and_its_own_errors_are_its_own(
 
 def test_every_extra_named_in_the_code_exists():
     declared = (ROOT / "pyproject.toml").read_text(encoding="utf-8").partition("[project.optional-dependencies]")[2]
-    extras = set(re.findall(r"^(\w+) = \[", declared.partition("\n[")[0], re.M))
-    assert extras == {"axolotl", "deepspeed", "semantic", "sweep", "ray", "dev"}
+    extras = set(re.findall(r"^([\w-]+) = \[", declared.partition("\n[")[0], re.M))
+    assert extras == {"axolotl", "deepspeed", "semantic", "sentence-transformers", "sweep", "ray", "dev"}
     for file in (ROOT / "axolotl_dpo_ext").rglob("*.py"):
-        for named in re.findall(r'install_line\("(\w+)"\)|require\("\w+", "(\w+)"', file.read_text(encoding="utf-8")):
+        for named in re.findall(r'install_line\("([\w-]+)"\)|require\("\w+", "([\w-]+)"', file.read_text(encoding="utf-8")):
             assert set(filter(None, named)) <= extras, file
     assert install_line("ray") == "pip install 'axolotl-dpo-ext[ray]'"
 
