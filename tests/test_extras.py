@@ -34,7 +34,9 @@ def test_every_extra_named_in_the_code_exists():
     extras = set(re.findall(r"^([\w-]+) = \[", declared.partition("\n[")[0], re.M))
     assert extras == {"axolotl", "deepspeed", "semantic", "sentence-transformers", "sweep", "ray", "dev"}
     for file in (ROOT / "axolotl_dpo_ext").rglob("*.py"):
-        for named in re.findall(r'install_line\("([\w-]+)"\)|require\("\w+", "([\w-]+)"', file.read_text(encoding="utf-8")):
+        for named in re.findall(
+            r'install_line\("([\w-]+)"\)|require\("\w+", "([\w-]+)"', file.read_text(encoding="utf-8")
+        ):
             assert set(filter(None, named)) <= extras, file
     assert install_line("ray") == "pip install 'axolotl-dpo-ext[ray]'"
 

@@ -12,7 +12,7 @@ import pytest
 from datasets import Dataset
 
 from axolotl_dpo_ext.quality.files import PreferenceFiles, read_files, write_rows
-from axolotl_dpo_ext.quality.pairs import iter_pairs
+from axolotl_dpo_ext.quality.reading import read_pairs
 from axolotl_dpo_ext.vocabulary import ConfigurationError
 
 from .malformed_files import line
@@ -50,9 +50,7 @@ def test_texts_and_scores_come_back_from_every_format(name: str, judged: Dataset
     save(judged, tmp_path / name)
     read = read_files([tmp_path / name])
     assert_same(read, judged)
-    assert [pair for batch in iter_pairs(read.dataset, 100) for pair in batch] == [
-        pair for batch in iter_pairs(judged, 100) for pair in batch
-    ]
+    assert read_pairs(read.dataset, range(len(judged))) == read_pairs(judged, range(len(judged)))
 
 
 def save(data: Dataset, path: Path) -> None:

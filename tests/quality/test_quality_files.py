@@ -13,7 +13,8 @@ import pytest
 from datasets import Dataset, DatasetDict, Features, Json, Value
 
 from axolotl_dpo_ext.quality.files import read_files, write_rows
-from axolotl_dpo_ext.quality.pairs import iter_pairs, parse_pair
+from axolotl_dpo_ext.quality.pairs import parse_pair
+from axolotl_dpo_ext.quality.reading import read_pairs
 from axolotl_dpo_ext.vocabulary import ConfigurationError
 
 from .malformed_files import CASES, GOOD, MalformedFile, chat_row, line, text_row
@@ -98,7 +99,7 @@ def test_content_parts_and_tool_calls_come_back_as_they_were(tmp_path: Path):
     for name in ("b.jsonl", "b.parquet"):
         write_rows(read.dataset, tmp_path / name)
         assert list(read_files([tmp_path / name]).dataset) == rows
-    assert [pair for batch in iter_pairs(read.dataset, 9) for pair in batch] == [
+    assert read_pairs(read.dataset, range(len(rows))) == [
         parse_pair(row["chosen"], row["rejected"], row["messages"]) for row in rows
     ]
 

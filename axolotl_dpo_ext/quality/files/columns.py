@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
+from axolotl_dpo_ext.quality.columns import PROMPT_COLUMNS
 from axolotl_dpo_ext.quality.files.schema import PAIR, SINGLE
 from axolotl_dpo_ext.quality.files.sides import style
 from axolotl_dpo_ext.quality.files.sources import Part, Source, merge_sides
 from axolotl_dpo_ext.quality.files.types import JSON, merge, to_values
-from axolotl_dpo_ext.quality.pairs import PROMPT_COLUMNS, parse_pair
+from axolotl_dpo_ext.quality.pairs import parse_pair
 from axolotl_dpo_ext.vocabulary import ConfigurationError, Problem
 
 if TYPE_CHECKING:

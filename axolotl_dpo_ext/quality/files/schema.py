@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 
+from axolotl_dpo_ext.quality.columns import PROMPT_COLUMNS
 from axolotl_dpo_ext.quality.files.sides import LABEL, MESSAGE, MESSAGES, TEXT, Side, misfits
 from axolotl_dpo_ext.quality.files.streams import LATIN_1_FIX, Row
 from axolotl_dpo_ext.quality.files.types import merge, to_array, type_of
-from axolotl_dpo_ext.quality.pairs import PROMPT_COLUMNS
 
 PAIR, SINGLE = ("chosen", "rejected"), ("completion", "label")
 

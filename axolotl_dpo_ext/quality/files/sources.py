@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pyarrow as pa
 
+from axolotl_dpo_ext.quality.columns import PROMPT_COLUMNS
 from axolotl_dpo_ext.quality.files.schema import Schema, Survey, find_answers, to_batch
 from axolotl_dpo_ext.quality.files.streams import Row, UnusableFileError
 from axolotl_dpo_ext.quality.files.types import merge, plain_type, to_array, to_values
-from axolotl_dpo_ext.quality.pairs import PROMPT_COLUMNS
 
 if TYPE_CHECKING:
     from datasets import Features
