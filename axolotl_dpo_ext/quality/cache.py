@@ -143,7 +143,7 @@ def _save(path: Path, found: Findings) -> None:
     arrays = {f"{kind}/{name}": a for kind in ("scores", "matched") for name, a in getattr(found, kind).items()}
     try:
         with temporary.open("wb") as file:
-            np.savez(
+            np.savez_compressed(
                 file,
                 **arrays,
                 **{name: getattr(found, name) for name in ("log_ratio", "log_likelihood", "keys")},

@@ -122,6 +122,26 @@ def score_pairs(
     return scoring.findings()
 
 
+class _Sketches:
+    """What a check of the whole set keeps of each row, in arrays that are allocated once: lists would be copied."""
+
+    def __init__(self, n: int) -> None:
+        self.count = 0
+        self._rows = np.empty(n, dtype=np.int64)
+        self._all: NDArray[Any] | None = None
+
+    def append(self, rows: NDArray[np.int64], sketches: NDArray[Any]) -> None:
+        if self._all is None:
+            self._all = np.empty((len(self._rows), *sketches.shape[1:]), dtype=sketches.dtype)
+        end = self.count + len(rows)
+        self._rows[self.count : end], self._all[self.count : end] = rows, sketches
+        self.count = end
+
+    def arrays(self) -> tuple[NDArray[np.int64], NDArray[Any]]:
+        assert self._all is not None
+        return self._rows[: self.count], self._all[: self.count]
+
+
 class _Scoring:
     """Scores on their way from batches to arrays."""
 
@@ -132,8 +152,7 @@ class _Scoring:
         self._faults: dict[int, str] = {}
         self._log_ratio, self._keys = np.full(n, np.nan), np.zeros(n, dtype=np.uint64)
         self._log_likelihood = np.empty((0, 2))
-        self._sketches: dict[str, list[NDArray[Any]]] = {check.name: [] for check in checks if _is_set(check)}
-        self._sketched: dict[str, list[NDArray[np.int64]]] = {name: [] for name in self._sketches}
+        self._sketches = {check.name: _Sketches(n) for check in checks if isinstance(check, SetCheck)}
         self._prompts: list[tuple[NDArray[np.int64], NDArray[np.uint32]]] = []
         self._start = 0
 
@@ -171,9 +190,8 @@ class _Scoring:
     def compare(self, reader: PairReader) -> None:
         """Runs the checks of the whole set, and groups prompts that are nearly the same."""
         for check in self._checks:
-            if isinstance(check, SetCheck) and self._sketches[check.name]:
-                rows = np.concatenate(self._sketched[check.name])
-                sketches = np.concatenate(self._sketches.pop(check.name))
+            if isinstance(check, SetCheck) and self._sketches[check.name].count:
+                rows, sketches = self._sketches.pop(check.name).arrays()
                 self._take(check, rows, self._compare(check, sketches, _reader_of(reader, rows)), rows)
         if self._prompts:
             rows, sketches = (np.concatenate(each) for each in zip(*self._prompts, strict=True))
@@ -187,8 +205,7 @@ class _Scoring:
                 sketch = np.asarray(check.sketch(batch, self._settings))
                 if not sketch.ndim or len(sketch) != len(batch):
                     raise ValueError(f"it returned shape {sketch.shape} for {len(batch)} pairs, not one row each")
-                self._sketches[check.name].append(sketch)
-                self._sketched[check.name].append(rows)
+                self._sketches[check.name].append(rows, sketch)
             elif isinstance(check, PairCheck):
                 self._take(check, rows, check.score(batch, self._settings, self._embedder), None)
             else:
@@ -215,10 +232,6 @@ class _Scoring:
         if origin is not None:
             matched = np.where(matched >= 0, origin[matched], -1)
         self._matched.setdefault(check.name, np.full(len(self._keys), -1, dtype=np.int64))[rows] = matched
-
-
-def _is_set(check: Check) -> bool:
-    return isinstance(check, SetCheck)
 
 
 def batch_keys(batch: PairBatch) -> NDArray[np.uint64]:
