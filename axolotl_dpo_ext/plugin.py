@@ -133,6 +133,8 @@ class DPOExtPlugin(BasePlugin):  # type: ignore[misc] # axolotl ships no types
 
         report = self._report(cfg, self._active)
         report.sections += _reference_sections(trainer)
+        if self._active.settings.quality is not None:
+            report.add(_likelihood_section(trainer, self._active.settings.quality))
         self._writer = ReportCallback(report)
         return [PreferenceLogCallback(), self._writer]
 
@@ -184,6 +186,13 @@ def _reference_sections(trainer: Trainer) -> list[Section]:
     from axolotl_dpo_ext.reference.record import reference_section
 
     return [reference_section(record)]
+
+
+def _likelihood_section(trainer: Trainer, settings: QualitySettings) -> Section | None:
+    """Says how the data looks to the reference, where its log-probabilities were computed before training."""
+    from axolotl_dpo_ext.quality import likelihood_section
+
+    return likelihood_section(trainer.train_dataset, getattr(trainer.args, "max_length", None), settings)
 
 
 def _asks(cfg: DictDefault) -> bool:

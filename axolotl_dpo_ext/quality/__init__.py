@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from axolotl_dpo_ext.quality.audit import audit, settings_problems
 from axolotl_dpo_ext.quality.base import Check, Embedder, PairBatch, PairCheck, Scores, SetCheck
+from axolotl_dpo_ext.quality.likelihood import likelihood_section
 from axolotl_dpo_ext.quality.result import AuditResult, QualityStop
 
 __all__ = [
@@ -19,5 +20,6 @@ __all__ = [
     "Scores",
     "SetCheck",
     "audit",
+    "likelihood_section",
     "settings_problems",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -30,6 +31,18 @@ def histograms(result: AuditResult) -> list[Histogram]:
             0, _named(bias, title, "natural logarithm of the ratio; right of 0 chosen is longer", 0.0, "equally long")
         )
     return [histogram for histogram in drawn if histogram is not None]
+
+
+def plain_histogram(values: Mapping[str, NDArray[np.float64]], title: str, x_label: str) -> Histogram:
+    """Returns a histogram of two sets of numbers in the same bins; NaN is left out."""
+    known = np.concatenate([each[np.isfinite(each)] for each in values.values()])
+    low, high = np.quantile(known, [1 - _BEYOND, _BEYOND])
+    edges = _edges(float(low), float(high), float(low))
+    finite = {name: each[np.isfinite(each)] for name, each in values.items()}
+    counts = {
+        name: np.histogram(np.clip(each, edges[0], edges[-1]), edges)[0].tolist() for name, each in finite.items()
+    }
+    return Histogram(title=title, edges=edges.tolist(), counts=counts, x_label=x_label)
 
 
 def _of_check(scores: NDArray[np.float64], reason: Reason, kept: NDArray[np.bool_]) -> Histogram | None:

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from axolotl_dpo_ext.quality.checks.reference_likelihood import foreign_warning
+
 if TYPE_CHECKING:
     from axolotl_dpo_ext.quality.bias import LengthBias
     from axolotl_dpo_ext.quality.result import AuditResult, Reason
 
 # A bias is worth a note if it is large and no accident: ten points from even, and one in a million by chance.
 _BIAS_POINTS, _BIAS_P = 0.10, 1e-6
-# Text that a model was trained on or is fluent in costs it 1 to 3 nats a token; 4 is a perplexity of 55.
-_FOREIGN = -4.0
 
 
 def summary(result: AuditResult) -> str:
@@ -92,7 +92,7 @@ def notes(result: AuditResult) -> list[str]:
 
 def _warnings(result: AuditResult) -> list[str]:
     """Returns what may spoil the run as a whole, rather than single pairs."""
-    return [*_bias_warning(result.length_bias_after), *_foreign_warning(result)]
+    return [*_bias_warning(result.length_bias_after), *foreign_warning(result.scored.log_likelihood)]
 
 
 def _bias_warning(bias: LengthBias) -> list[str]:
@@ -104,17 +104,6 @@ def _bias_warning(bias: LengthBias) -> list[str]:
         f"The {longer} answer is the longer one in {percent(share)} of the pairs kept (sign test: p = "
         f"{bias.p_value:.1g}), so the model can win by length alone; balance the data, or compare lengths before "
         "trusting a higher accuracy."
-    ]
-
-
-def _foreign_warning(result: AuditResult) -> list[str]:
-    known = result.scored.log_likelihood[np.isfinite(result.scored.log_likelihood)]
-    if not len(known) or (median := float(np.median(known))) > _FOREIGN:
-        return []
-    return [
-        f"The data looks foreign to the reference model: half of the answers have less than {median:.2f} nats a token "
-        f"(perplexity {math.exp(-median):.0f}); check the chat template and the language, or fine-tune on such "
-        "answers first."
     ]
 
 
