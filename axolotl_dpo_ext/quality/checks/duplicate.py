@@ -49,10 +49,13 @@ class Duplicate(SetCheck):
 
         Unpaired answers with different labels are no duplicates but contradictions.
         """
-        values, matched = np.zeros(len(sketches)), np.full(len(sketches), -1, dtype=np.int64)
-        ranks = np.ascontiguousarray(sketches[:, -3:-1]).view(np.uint64).ravel()
         minima = sketches[:, :-3].reshape(len(sketches), -1, 3)
-        for label in np.unique(sketches[:, -1]):
+        ranks = np.ascontiguousarray(sketches[:, -3:-1]).view(np.uint64).ravel()
+        labels = np.unique(sketches[:, -1])
+        if len(labels) == 1:  # as of all pairs: without a copy of all sketches
+            return Scores(*near_duplicates.nearest_before(minima, ranks, read))
+        values, matched = np.zeros(len(sketches)), np.full(len(sketches), -1, dtype=np.int64)
+        for label in labels:
             places = np.flatnonzero(sketches[:, -1] == label)
             found = near_duplicates.nearest_before(minima[places], ranks[places], _reader_at(places, read))
             values[places] = found[0]
