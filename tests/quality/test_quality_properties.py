@@ -73,10 +73,9 @@ def decisions(result: AuditResult) -> dict[str, Counter[str]]:
 
 def findings(result: AuditResult) -> Counter[str]:
     """Returns the records, with texts in place of row numbers."""
-    texts = [key(row) for row in result.scored.dataset]
+    texts = dict(enumerate(map(key, result.scored.dataset)))
     return Counter(
-        json.dumps({**r, "row": texts[r["row"]], "matched_row": r["matched_row"] and texts[r["matched_row"]]})
-        for r in result.records
+        json.dumps({**r, "row": texts[r["row"]], "matched_row": texts.get(r["matched_row"])}) for r in result.records
     )
 
 
@@ -141,7 +140,7 @@ def test_near_duplicate_prompts_are_on_one_side_if_that_is_asked_for(sources: st
     clean, rng = clean_pairs(400), random.Random(3)
     variations = [" please", "?", " now", " today"]
     rows = [
-        {**row, "prompt": clean[i // 4]["prompt"] + variations[i % 4], "source": rng.choice("abc")}
+        {**row, "prompt": clean[i // 4]["chosen"] + variations[i % 4], "source": rng.choice("abc")}
         for i, row in enumerate(clean)
     ]
     of_prompt = {row["prompt"]: i // 4 for i, row in enumerate(rows)}
