@@ -130,7 +130,7 @@ def test_tools_are_part_of_the_prompt_as_a_list_and_as_json(chat_tokenizer: Any)
 def test_tools_that_are_no_json_are_named(chat_tokenizer: Any):
     data = Dataset.from_list([{**rows("conversation")[0], "tools": "[{"}])
     result = audit(data, chat_tokenizer, QualitySettings(policy={"malformed": "flag"}))
-    assert "refuses it: Expecting property name" in result.records[0]["reason"]
+    assert "tools: not valid JSON in UTF-8 (Expecting property name" in result.records[0]["reason"]
 
 
 def test_a_prompt_in_both_texts_ends_before_words_that_the_answers_share(chat_tokenizer: Any, tmp_path: Path):
