@@ -51,7 +51,7 @@ def _parsed(tools: Any) -> Any:
         return tools or None
     try:
         parsed = json.loads(tools) if tools else None
-        # JSON can spell half a character ("\\ud83d"); it has no UTF-8, and a tokenizer takes nothing else.
+        # JSON can spell half a character ("\ud83d"); it has no UTF-8, and a tokenizer takes nothing else.
         json.dumps(parsed, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise TemplateFaultError(f"tools: not valid JSON in UTF-8 ({error})") from error

@@ -35,7 +35,7 @@ SCRIPTS = {
     "zero width": ("Why\u200b not\u2060?", "Be\u200dcause it is so late now.", "\ufeffNobody wants to do it."),
     "controls": ("What\u2028now?\x85", "Go on\u2029as before, please.\x0b", "Stop\x1b[31m here and wait.\x07"),
     "bidi": ("Read \u202ethis\u202c?", "\u2066Left\u2069 to right, of course.", "\u202eRight\u202c to left, perhaps."),
-    "astral": ("𝔚𝔥𝔞𝔱 is 𝒙?", "𝒙 is an unknown number, so 𝒙=𝟐.", "𓂀 is an eye, and 🂡 is an ace."),
+    "astral": ("𝔚𝔥𝔞𝔱 is 𝒙?", "𝒙 is an unknown number, so 𝒙=𝟐.", "𓂀 is an eye, and 🂡 is an ace."),  # noqa: RUF001
 }
 
 
