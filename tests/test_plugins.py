@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import subprocess
@@ -88,7 +89,7 @@ def test_the_samples_strategy_refuses_what_it_cannot_serve(sample_installed: Pat
 
 
 @pytest.mark.stack
-def test_the_samples_check_and_embedder_run_in_an_audit(sample_installed: Path):
+def test_the_samples_checks_and_embedder_run_in_an_audit(sample_installed: Path):
     code = """
 import json
 from datasets import Dataset
@@ -99,20 +100,31 @@ rows = Dataset.from_list([
     {"prompt": "a", "chosen": "I cannot help with that.", "rejected": "Take the second street on the left."},
     {"prompt": "b", "chosen": "Take the second street.", "rejected": "As an AI I do not walk."},
     {"prompt": "c", "chosen": "alpha beta gamma", "rejected": "gamma and beta"},
+    {"prompt": "d", "chosen": "TAKE the second street. ", "rejected": "Who knows?"},
 ])
 loaded = extensions()
 result = audit(rows, settings=QualitySettings(embedder="first_letters", max_length_ratio=100, max_similarity=0.5,
                                      policy={"refusal_preferred": "drop", "similarity": "flag"}),
                checks=list(loaded.pair_checks.values()), embedders=list(loaded.embedders.values()))
-print(json.dumps([[r["row"], r["check"], r["action"]] for r in result.records]))
+print(json.dumps([[r["row"], r["check"], r["action"], r["matched_row"]] for r in result.records]))
 """
     environment = {**os.environ, "PYTHONPATH": str(sample_installed)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1]) == [
-        [0, "refusal_preferred", "drop"],
-        [2, "similarity", "flag"],
+        [0, "refusal_preferred", "drop", None],
+        [1, "stock_answer", "flag", None],
+        [2, "similarity", "flag", None],
+        [3, "stock_answer", "flag", 1],
     ]
+
+
+def test_a_third_partys_check_or_embedder_takes_less_than_thirty_lines():
+    tree = ast.parse((SAMPLE / "dpo_ext_sample.py").read_text(encoding="utf-8"))
+    parts = {"RefusalPreferred", "StockAnswer", "FirstLetters"}
+    lines = {n.name: n.end_lineno - n.lineno + 1 for n in tree.body if isinstance(n, ast.ClassDef) and n.name in parts}
+    assert set(lines) == parts
+    assert max(lines.values()) + 8 < 30, lines  # imports and the hook are eight more
 
 
 @pytest.mark.stack

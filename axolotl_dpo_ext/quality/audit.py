@@ -44,7 +44,8 @@ def audit(
 ) -> AuditResult:
     """Checks every preference pair, drops what the policies say, and splits off a held-out set.
 
-    Deterministic: the same rows, settings and tokenizer give the same result in any row order.
+    Deterministic: the same rows, settings and tokenizer give the same result in any row order. Only of rows with
+    exactly the same texts the first one stays, whatever else (a source, a score) tells them apart.
 
     Args:
         dataset: Pairs with columns ``chosen`` and ``rejected`` and, unless both contain it, a prompt in

@@ -33,15 +33,29 @@ def render(pair: Pair, tokenizer: Any, tools: Any = None) -> Rendered:
         tools: The row's tools: a list of function schemas, or that as JSON.
 
     Raises:
-        TemplateFaultError: The template refuses the messages, for example because roles do not alternate.
+        TemplateFaultError: The template refuses the messages, for example because roles do not alternate, or the
+            tools cannot be read.
     """
     asked, chosen, rejected = pair.conversation or ([], [], [])
+    tools = _parsed(tools)
     try:
-        tools = json.loads(tools) if isinstance(tools, str) and tools else tools or None
         opened = _apply(tokenizer, asked, tools, add_generation_prompt=True) if asked else ""
         return Rendered(opened, *(_answer(tokenizer, asked, side, tools, opened) for side in (chosen, rejected)))
     except Exception as error:  # a template raises what it likes: jinja2's errors, TypeError, KeyError
         raise TemplateFaultError(f"the chat template refuses it: {error or type(error).__name__}") from error
+
+
+def _parsed(tools: Any) -> Any:
+    """Returns a row's tools as templates take them."""
+    if not isinstance(tools, str):
+        return tools or None
+    try:
+        parsed = json.loads(tools) if tools else None
+        # JSON can spell half a character ("\ud83d"); it has no UTF-8, and a tokenizer takes nothing else.
+        json.dumps(parsed, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as error:
+        raise TemplateFaultError(f"tools: not valid JSON in UTF-8 ({error})") from error
+    return parsed or None
 
 
 def _answer(tokenizer: Any, asked: Messages, answer: Messages, tools: Any, opened: str) -> str:

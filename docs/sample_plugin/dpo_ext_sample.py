@@ -1,14 +1,15 @@
-"""A complete third-party plugin: a reference strategy, a pair check, an embedder and a hardware preset."""
+"""A complete third-party plugin: a reference strategy, a pair check, a set check, an embedder, a hardware preset."""
 
 from __future__ import annotations
 
 import math
+import zlib
 
 import numpy as np
 
 from axolotl_dpo_ext import hookimpl
 from axolotl_dpo_ext.hardware import HardwarePreset
-from axolotl_dpo_ext.quality import PairCheck
+from axolotl_dpo_ext.quality import PairCheck, Scores, SetCheck
 from axolotl_dpo_ext.reference import Reference, ReferenceStrategy
 from axolotl_dpo_ext.vocabulary import Problem
 
@@ -28,6 +29,24 @@ class RefusalPreferred(PairCheck):
     def score(self, batch, settings, embedder):
         refuses = [[text.lower().startswith(REFUSALS) for text in side] for side in (batch.chosen, batch.rejected)]
         return np.asarray(refuses[0], dtype=float) - np.asarray(refuses[1], dtype=float)
+
+
+class StockAnswer(SetCheck):
+    """Flags pairs whose chosen answer is the chosen one of other pairs too, word for word."""
+
+    name = "stock_answer"
+    summary = "the same chosen answer as in other pairs"
+
+    def threshold(self, settings):
+        return 1.0
+
+    def sketch(self, batch, settings):
+        return np.array([zlib.crc32(text.strip().lower().encode()) for text in batch.chosen])
+
+    def compare(self, sketches, settings, read):
+        _, first, group, counts = np.unique(sketches, return_index=True, return_inverse=True, return_counts=True)
+        earlier = np.where(first[group] < np.arange(len(group)), first[group], -1)
+        return Scores(counts[group].astype(float), earlier)
 
 
 class FirstLetters:
@@ -81,7 +100,7 @@ class Uniform(ReferenceStrategy):
 
 @hookimpl
 def pair_checks():
-    return [RefusalPreferred()]
+    return [RefusalPreferred(), StockAnswer()]
 
 
 @hookimpl

@@ -8,11 +8,17 @@ import random
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from datasets import Dataset
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoTokenizer
 
-REAL_DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
+from example_configs.make_tiny_inputs import make_tokenizer
+
+SHARED = Path(__file__).resolve().parents[3] / "shared"
+REAL_DATA = SHARED / "data"
 _WORDS = """
     river stone window candle garden letter mountain silver bridge orange winter simple machine yellow pencil
     forest kitchen travel music answer question model number paper ocean summer island farmer doctor engine
@@ -77,3 +83,16 @@ def judged() -> Dataset:
         with gzip.open(path, "rt", encoding="utf-8") as file:
             return Dataset.from_list([json.loads(line) for line in file][:1400])
     return Dataset.from_dict({**make_pairs(1400, prompts=200), "source": [f"model-{i % 7}" for i in range(1400)]})
+
+
+@pytest.fixture(scope="session")
+def chat_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A fast tokenizer with a chat template that puts its BOS, ``<s>``, in front of plain text, as Llama's does."""
+    folder = SHARED / "models" / "dpo-lab-llama-5m"
+    if not folder.exists():
+        folder = tmp_path_factory.mktemp("tokenizer")
+        make_tokenizer([sentence(seed) for seed in range(50)], folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, bos_token="<s>")
+    opening = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)])
+    tokenizer.backend_tokenizer.post_processor = opening
+    return tokenizer

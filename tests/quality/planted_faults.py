@@ -11,7 +11,7 @@ import json
 import random
 import re
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import product
 from typing import Any
 
@@ -21,23 +21,23 @@ Row = dict[str, Any]
 
 #: The longest prompt with answer, in tokens: clean pairs have fewer bytes, truncated ones more words.
 MAX_LENGTH = 2048
-#: What a prompt or an answer with a doubled BOS begins with: set it as the tokenizer's.
+#: What a prompt or an answer with a doubled BOS begins with: it has to be the tokenizer's, and added to plain text.
 BOS = "<s>"
-#: Which other checks rightly flag a pair with a fault as well.
+#: The faults, named as the checks that find them; which other checks rightly flag a pair with one as well.
 IMPLIED: dict[str, set[str]] = {
     "malformed": set(),
-    "identical": {"similarity", "edit_distance", "equal_truncated"},
+    "identical": {"similarity", "minimal_edit"},
     "length_ratio": set(),
-    "similarity": {"edit_distance"},  # one word more is a small edit
-    "edit_distance": {"similarity"},
+    "similarity": {"minimal_edit"},  # one word more is a small edit
+    "minimal_edit": {"similarity"},
     "contradiction": set(),
     "duplicate": set(),
     "doubled_bos": set(),
     "truncated": set(),
-    "equal_truncated": {"truncated"},
+    "same_tokens": {"truncated"},
     "label_noise": set(),
     "tie": set(),
-    "shift": set(),
+    "reference_likelihood": set(),
 }
 _LONG = 80  # words: one word changed in so many is little, however it is measured
 _SYLLABLES = ["".join(parts) for parts in product("bcdfghjklmnprstvwxz", "aeiouy", ["", *"lmnrst"])]
@@ -83,7 +83,7 @@ def plant(dataset_rows: list[Row], each: int, seed: int) -> tuple[list[Row], dic
     takers = {**dict.fromkeys(IMPLIED, each), "contradiction": 2 * each}  # a cycle needs a third answer
     pool = rng.sample(dataset_rows, len(dataset_rows))
     # Only the changes of one word need long pairs, so these are dealt out first.
-    order = sorted(takers, key=lambda fault: fault not in ("similarity", "edit_distance", "duplicate"))
+    order = sorted(takers, key=lambda fault: fault not in ("similarity", "minimal_edit", "duplicate"))
     pool.sort(key=lambda row: _shorter(row) < _LONG)
     if len(pool) < sum(takers.values()) or (each and _shorter(pool[3 * each - 1]) < _LONG):
         raise ValueError(
@@ -105,13 +105,28 @@ def plant(dataset_rows: list[Row], each: int, seed: int) -> tuple[list[Row], dic
     return [row for _, row in marked], planted
 
 
-def to_conversations(rows: list[Row], planted: dict[str, set[int]]) -> list[Row]:
-    """Returns planted rows as conversations; the malformed ones now have the faults that only conversations can have.
+def in_tokens(rows: list[Row], count: Callable[[str], int]) -> list[Row]:
+    """Returns rows whose log-probabilities are in proportion to tokens, four characters each, not to characters.
 
-    These are an answer that begins or ends with the user's message, none at all, and one without text.
+    Real text has fewer tokens a character than made-up words, so that a set of both would have two likelihoods.
     """
     made = []
     for row in rows:
+        texts = {f"ref_{side}_logps": row[side] for side in ("chosen", "rejected") if row[side]}
+        made.append(row | {name: row[name] * 4 * count(text) / len(text) for name, text in texts.items()})
+    return made
+
+
+def to_conversations(rows: list[Row], planted: dict[str, set[int]]) -> list[Row]:
+    """Returns planted rows as conversations; the malformed ones now have the faults that only conversations can have.
+
+    These are an answer that begins or ends with the user's message, none at all, and one without text. A BOS at the
+    beginning of a user's message is not at the beginning of the sequence, so it is moved to the answer.
+    """
+    made = []
+    for row in rows:
+        if row["prompt"].startswith(BOS):
+            row = {**row, "prompt": row["prompt"].removeprefix(BOS), "chosen": BOS + row["chosen"]}
         sides = {side: _message("assistant", row[side]) for side in ("chosen", "rejected")}
         made.append({**row, "prompt": _message("user", row["prompt"]), **sides})
     user = _message("user", "And why is that so?")
@@ -221,7 +236,7 @@ def _similarity(row: Row, i: int, rng: random.Random) -> Row:
     return _with_answers(row, *sides[:: (1, -1)[i % 2]], rng)
 
 
-def _edit_distance(row: Row, i: int, rng: random.Random) -> Row:
+def _minimal_edit(row: Row, i: int, rng: random.Random) -> Row:
     return _with_answers(row, row["chosen"], _change_word(row["chosen"], rng), rng)
 
 
@@ -264,7 +279,7 @@ def _truncated(row: Row, i: int, rng: random.Random) -> Row:
     return _with_answers(row, chosen, rejected, rng)
 
 
-def _equal_truncated(row: Row, i: int, rng: random.Random) -> Row:
+def _same_tokens(row: Row, i: int, rng: random.Random) -> Row:
     # What differs is long too, so that the whole answers are not alike.
     shared = f"{row['chosen']} {_made_text(rng, MAX_LENGTH)} "
     ends = (_made_text(rng, MAX_LENGTH // 2) for _ in range(2))
@@ -279,7 +294,7 @@ def _tie(row: Row, i: int, rng: random.Random) -> Row:
     return {"chosen_score": row["rejected_score"]}
 
 
-def _shift(row: Row, i: int, rng: random.Random) -> Row:
+def _reference_likelihood(row: Row, i: int, rng: random.Random) -> Row:
     return _with_figures(row, rng, per_character=-2.4)
 
 
@@ -288,11 +303,11 @@ _CHANGES = {
     "identical": _identical,
     "length_ratio": _length_ratio,
     "similarity": _similarity,
-    "edit_distance": _edit_distance,
+    "minimal_edit": _minimal_edit,
     "doubled_bos": _doubled_bos,
     "truncated": _truncated,
-    "equal_truncated": _equal_truncated,
+    "same_tokens": _same_tokens,
     "label_noise": _label_noise,
     "tie": _tie,
-    "shift": _shift,
+    "reference_likelihood": _reference_likelihood,
 }

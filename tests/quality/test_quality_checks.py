@@ -1,4 +1,4 @@
-"""Each check finds the faults planted for it, and only those."""
+"""The checks that score every pair by itself: what they flag, what they do not, and what their scores mean."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from axolotl_dpo_ext.quality.embedders import LexicalEmbedder
 from axolotl_dpo_ext.quality.tokens import words_as_ids
 from axolotl_dpo_ext.settings import QualitySettings
 
-from .conftest import make_pairs, of_lengths, sentence
+from .conftest import of_lengths, sentence
 
 SETTINGS = QualitySettings()
 LEXICAL = LexicalEmbedder()
@@ -35,51 +35,6 @@ def batch(pairs: list[tuple[str, str]]) -> PairBatch:
 
 def flags(check: PairCheck, pairs: list[tuple[str, str]]) -> list[bool]:
     return (check.score(batch(pairs), SETTINGS, LEXICAL) > check.threshold(SETTINGS)).tolist()
-
-
-def plant() -> tuple[Dataset, dict[str, set[int]]]:
-    """Plants known faults in sound pairs; the rows of each fault are returned."""
-    pairs = make_pairs(400)
-    rows = random.Random(7).sample(range(400), 40)
-    planted = {
-        "malformed": set(rows[:10]),
-        "identical": set(rows[10:20]),
-        "length_ratio": set(rows[20:30]),
-        "similarity": set(rows[30:]),
-    }
-    for i, row in enumerate(rows[:10]):
-        pairs["chosen" if i % 2 else "rejected"][row] = ["", "  \n\t", "\u200b\u00a0", None, "\ufeff"][i // 2]
-    for row in planted["identical"]:
-        pairs["rejected"][row] = pairs["chosen"][row].replace(" ", "  ") + "\n"
-    for row in planted["length_ratio"]:
-        pairs["chosen"][row] = sentence(10_000 + row, 200)
-    for row in planted["similarity"]:
-        pairs["chosen"][row] = sentence(20_000 + row, 120)
-        pairs["rejected"][row] = pairs["chosen"][row] + " indeed"
-    return Dataset.from_dict(pairs), planted
-
-
-def test_planted_faults_are_found_and_only_they():
-    data, planted = plant()
-    result = audit(data, settings=SETTINGS)
-    found: dict[str, set[int]] = {name: set() for name in planted}
-    for record in result.records:
-        if record["action"] == "drop":
-            found[record["check"]].add(record["row"])
-    # Identical answers are similar too: the one overlap between these faults.
-    planted["similarity"] |= planted["identical"]
-    assert found == planted
-    assert set(result.dropped_rows.tolist()) == set().union(*planted.values())
-
-
-def test_other_checks_do_not_apply_to_malformed_pairs():
-    data, planted = plant()
-    scores = audit(data, settings=SETTINGS).scores
-    rows = sorted(planted["malformed"])
-    for name in ("identical", "length_ratio", "similarity"):
-        assert np.isnan(scores[name][rows]).all()
-        assert np.isfinite(np.delete(scores[name], rows)).all()
-    assert scores["malformed"].tolist() == [float(row in planted["malformed"]) for row in range(400)]
 
 
 @pytest.mark.parametrize("check", [Malformed(), Identical(), LengthRatio(), Similarity()], ids=lambda c: c.name)

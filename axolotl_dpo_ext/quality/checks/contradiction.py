@@ -75,7 +75,9 @@ def _opposing(edges: NDArray[np.intp], rows: NDArray[np.intp]) -> list[int]:
     """Returns for each edge of a cycle the row of the reverse edge, else of one that goes on from its end."""
     at: dict[tuple[int, int], int] = {}
     onward: dict[int, int] = {}
-    for row, (chosen, rejected) in zip(rows.tolist(), edges.tolist(), strict=True):
+    # Answers are numbered by their hashes: in this order, which edge goes on does not depend on row order.
+    order = np.lexsort((edges[:, 1], edges[:, 0]))
+    for row, (chosen, rejected) in zip(rows[order].tolist(), edges[order].tolist(), strict=True):
         at.setdefault((chosen, rejected), row)
         onward.setdefault(chosen, row)
     return [at.get((rejected, chosen), onward[rejected]) for chosen, rejected in edges.tolist()]

@@ -8,7 +8,7 @@ import numpy as np
 
 from axolotl_dpo_ext.quality import near_duplicates
 from axolotl_dpo_ext.quality.base import PairBatch, ReadTexts, Scores, SetCheck
-from axolotl_dpo_ext.quality.text import collapse, stable_hash
+from axolotl_dpo_ext.quality.text import stable_hash
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -68,4 +68,5 @@ def _reader_at(places: NDArray[np.int64], read: ReadTexts) -> ReadTexts:
 
 
 def _content(prompt: str, chosen: str, rejected: str) -> int:
-    return stable_hash("\0".join(collapse(text).lower() for text in (prompt, chosen, rejected)))
+    # Of the texts as they are: of two that differ in case only, the same one has to be spared in any row order.
+    return stable_hash("\0".join((prompt, chosen, rejected)))

@@ -22,7 +22,8 @@ _TO_SIGMA = 1.4826  # the median absolute deviation of a normal distribution is 
 class ReferenceLikelihood(SetCheck):
     """Finds outliers of the log-likelihood per token under the reference model, where the data holds it.
 
-    The columns are TRL's ``ref_chosen_logps`` and ``ref_rejected_logps``: sums over the answer, in nats.
+    The columns are TRL's ``ref_chosen_logps`` and ``ref_rejected_logps``: sums over the answer, in nats. The scale is
+    that of the data: where outliers are dropped, another audit of the rest can find new ones.
     """
 
     name = "reference_likelihood"
