@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from axolotl_dpo_ext.quality.text import common_length
 
 if TYPE_CHECKING:
-    from axolotl_dpo_ext.quality.pairs import Messages, Pair
+    from axolotl_dpo_ext.quality.messages import Messages
+    from axolotl_dpo_ext.quality.pairs import Pair
 
 
 class Rendered(NamedTuple):

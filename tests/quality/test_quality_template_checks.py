@@ -140,7 +140,8 @@ def test_what_the_template_refuses_is_malformed_and_says_why(chat_tokenizer: Any
     tokenizer = copy.deepcopy(chat_tokenizer)
     tokenizer.chat_template = LLAMA_2
     good, bad = [message("assistant", sentence(2))], [message("assistant", sentence(3))]
-    twice = [message("user", "Hello?"), message("user", "Are you there?")]
+    # A role that the pack knows nothing of, so that nobody but the template can refuse the order.
+    twice = [message("user", "Hello?"), message("critic", "Say more.")]
     result = audited(
         tokenizer,
         {"prompt": twice, "chosen": good, "rejected": bad},
