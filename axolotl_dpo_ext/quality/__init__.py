@@ -8,9 +8,12 @@ from __future__ import annotations
 from axolotl_dpo_ext.quality.audit import audit, settings_problems
 from axolotl_dpo_ext.quality.base import Check, Embedder, PairBatch, PairCheck, Scores, SetCheck
 from axolotl_dpo_ext.quality.likelihood import likelihood_section
+from axolotl_dpo_ext.quality.page import checks_data
+from axolotl_dpo_ext.quality.records import RECORDS_FILE
 from axolotl_dpo_ext.quality.result import AuditResult, QualityStop
 
 __all__ = [
+    "RECORDS_FILE",
     "AuditResult",
     "Check",
     "Embedder",
@@ -21,5 +24,6 @@ __all__ = [
     "SetCheck",
     "audit",
     "likelihood_section",
+    "checks_data",
     "settings_problems",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -148,17 +149,7 @@ def _data(result: AuditResult) -> dict[str, Any]:
         "shared_prompts": shared_prompts(result),
         "length_unit": result.scored.unit,
         "embedder": result.scored.embedder,
-        "checks": {
-            r.check: {
-                "policy": r.policy,
-                "threshold": _finite(r.threshold),
-                "scored": r.scored,
-                "flagged": r.flagged,
-                "share": r.share,
-                "example": r.example,
-            }
-            for r in result.reasons
-        },
+        "checks": checks_data(result.reasons),
     }
     if result.scored.paired:
         before, after = result.length_bias_before, result.length_bias_after
@@ -166,6 +157,21 @@ def _data(result: AuditResult) -> dict[str, Any]:
     if result.scored.sources is not None:
         data["sources"] = by_source(result)
     return data
+
+
+def checks_data(reasons: Sequence[Reason]) -> dict[str, dict[str, Any]]:
+    """Returns what each check found, for JSON."""
+    return {
+        r.check: {
+            "policy": r.policy,
+            "threshold": _finite(r.threshold),
+            "scored": r.scored,
+            "flagged": r.flagged,
+            "share": r.share,
+            "example": r.example,
+        }
+        for r in reasons
+    }
 
 
 def _bias_data(bias: LengthBias) -> dict[str, float | int | None]:

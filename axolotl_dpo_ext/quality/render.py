@@ -65,7 +65,8 @@ def advice(reasons: Sequence[Reason]) -> str:
 def kept_line(result: AuditResult) -> str:
     """Returns how many rows are kept, dropped and held out, in one line."""
     kept = result.pairs - len(result.dropped_rows)
-    line = f"kept {kept} of {result.pairs} pairs, dropped {len(result.dropped_rows)}"
+    noun = "pairs" if result.scored.paired else "answers"
+    line = f"kept {kept} of {result.pairs} {noun}, dropped {len(result.dropped_rows)}"
     if result.heldout is None:
         return line + "; none held out"
     sizes = f"{len(result.train)} to train on, {len(result.heldout_rows)} held out"
@@ -86,13 +87,13 @@ def notes(result: AuditResult) -> list[str]:
         for r in result.reasons
         if r.policy == "flag" and r.flagged
     ]
-    words = [] if result.scored.unit == "tokens" else ["Lengths are words, not tokens: no tokenizer was given."]
-    return [*_warnings(result), *flagged, *not_run(result.reasons), *words]
+    return [*_warnings(result), *flagged, *not_run(result.reasons)]
 
 
 def _warnings(result: AuditResult) -> list[str]:
     """Returns what may spoil the run as a whole, rather than single pairs."""
-    return [*_bias_warning(result.length_bias_after), *foreign_warning(result.scored.log_likelihood)]
+    words = [] if result.scored.unit == "tokens" else ["Lengths are words, not tokens: no tokenizer was given."]
+    return [*_bias_warning(result.length_bias_after), *foreign_warning(result.scored.log_likelihood), *words]
 
 
 def _bias_warning(bias: LengthBias) -> list[str]:
