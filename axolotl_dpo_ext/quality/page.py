@@ -10,7 +10,7 @@ import numpy as np
 
 from axolotl_dpo_ext.quality.histograms import histograms
 from axolotl_dpo_ext.quality.reading import read_pairs
-from axolotl_dpo_ext.quality.render import bias_lines, found, kept_line, notes, percent, shared_prompts
+from axolotl_dpo_ext.quality.render import bias_lines, by_source, found, kept_line, notes, percent, shared_prompts
 from axolotl_dpo_ext.quality.text import excerpt
 from axolotl_dpo_ext.vocabulary import Example, ExampleGroup, Section, Table
 
@@ -47,23 +47,43 @@ def section(result: AuditResult) -> Section:
 
 
 def _reasons(result: AuditResult) -> Table:
-    return Table(
-        columns=["check", "policy", "threshold", "flagged", "share", "finds"],
-        rows=[[r.check, r.policy, f"> {r.threshold:g}", *found(r), r.summary] for r in result.reasons],
-        caption="Rows flagged by each check. A row can be flagged by several.",
-    )
+    rows = [[r.check, r.policy, f"> {r.threshold:g}", *found(r), _finds(r)] for r in result.reasons]
+    caption = "Rows flagged by each check. A row can be flagged by several."
+    return Table(columns=["check", "policy", "score", "flagged", "share", "finds"], rows=rows, caption=caption)
+
+
+def _finds(reason: Reason) -> str:
+    return reason.summary if reason.scored or not reason.needs else f"nothing: it needs {reason.needs}"
 
 
 def _what_if(result: AuditResult) -> list[Table]:
     """Returns how many rows other thresholds would flag, of the checks whose threshold is a setting."""
     rows = [
-        [reason.check, f"> {threshold:g}", flagged, percent(flagged / result.pairs)]
+        [reason.check, reason.setting, ", ".join(_at(t, flagged, reason, result.pairs) for t, flagged in counts)]
         for reason in result.reasons
-        if reason.setting and reason.scored
-        for threshold, flagged in result.what_if(reason.check)
+        if reason.setting and reason.scored and (counts := result.what_if(reason.check))
     ]
-    caption = "What other thresholds would flag; `rethreshold()` decides again without a new audit."
-    return [Table(columns=["check", "score", "flagged", "share"], rows=rows, caption=caption)] if rows else []
+    caption = "Share of rows that other thresholds would flag; `rethreshold()` decides again without a new audit."
+    return (
+        [
+            Table(
+                columns=[
+                    "check",
+                    "setting",
+                    "would flag, of all pairs" if result.scored.paired else "would flag, of all answers",
+                ],
+                rows=rows,
+                caption=caption,
+            )
+        ]
+        if rows
+        else []
+    )
+
+
+def _at(threshold: float, flagged: int, reason: Reason, pairs: int) -> str:
+    now = " (now)" if threshold == reason.threshold else ""
+    return f"{percent(flagged / pairs)} above {threshold:g}{now}"
 
 
 def _sources(result: AuditResult) -> list[Table]:
@@ -77,26 +97,6 @@ def _sources(result: AuditResult) -> list[Table]:
     ]
     columns = ["source", "rows", "dropped", "training", "held out", *checks]
     return [Table(columns=columns, rows=rows, caption="Rows by source, and those flagged by each check.")]
-
-
-def by_source(result: AuditResult) -> dict[str, dict[str, Any]]:
-    """Returns the figures of each source, by its name."""
-    names, source = np.unique(np.asarray(result.scored.sources, dtype=str), return_inverse=True)
-    k = len(names)
-    pairs = np.bincount(source, minlength=k)
-    dropped = np.bincount(source[result.dropped_rows], minlength=k)
-    heldout = np.bincount(source[result.heldout_rows], minlength=k)
-    flagged = {r.check: np.bincount(source[result.scores[r.check] > r.threshold], minlength=k) for r in result.reasons}
-    return {
-        str(name): {
-            "pairs": int(pairs[i]),
-            "dropped": int(dropped[i]),
-            "train": int(pairs[i] - dropped[i] - heldout[i]),
-            "heldout": int(heldout[i]),
-            "flagged": {check: int(counts[i]) for check, counts in flagged.items()},
-        }
-        for i, name in enumerate(names)
-    }
 
 
 def _examples(result: AuditResult) -> list[ExampleGroup]:
