@@ -143,7 +143,8 @@ def _bad_rows(setting: str, path: Path, error: Exception) -> list[Problem]:
 
     try:
         faults = list(read_files([path]).faults.values())
-        fix = f"mend it, or name the good rows: `axolotl dpo-audit {shlex.quote(str(path))} --output DIR` writes them"
+        command = f"axolotl dpo-audit {shlex.quote(str(path))} --output DIR"
+        fix = f"mend it, or name DIR/train.jsonl instead, where `{command}` writes the good rows"
     except ConfigurationError:  # columns of another name, for one, which Axolotl may well know
         faults, fix = unreadable_rows(path), "mend it"
     if not faults:
