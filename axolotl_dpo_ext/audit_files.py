@@ -22,8 +22,7 @@ def names_in(folder: Path) -> list[Path]:
 def write_audit(audited: AuditResult, folder: Path, title: str, with_records: bool) -> dict[str, int | None]:
     """Writes the rows, the records and the report of an audit; each file is replaced in one step.
 
-    A part without rows has no file: one that an earlier audit left there is removed, since its rows would no longer
-    be apart from the others.
+    What has no file of this audit has none at all: rows that an earlier audit held out there may be trained on now.
 
     Args:
         audited: The audit.
@@ -51,6 +50,8 @@ def write_audit(audited: AuditResult, folder: Path, title: str, with_records: bo
         written[str(path)] = len(rows)
     if with_records:
         written[str(folder / RECORDS_FILE)] = write_records(audited, folder / RECORDS_FILE)
+    else:
+        (folder / RECORDS_FILE).unlink(missing_ok=True)
     config = {"dpo_ext": {"quality": audited.settings.model_dump()}}
     report = RunReport(folder, title, config, sections=[audited.section()])
     return {**written, str(report.save()): None, str(report.write_html()): None}
