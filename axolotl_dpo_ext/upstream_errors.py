@@ -149,7 +149,7 @@ def _bad_rows(setting: str, path: Path, error: Exception) -> list[Problem]:
         faults, fix = unreadable_rows(path), "mend it"
     if not faults:
         return []
-    more = f"; and {len(faults) - _ROWS_NAMED} more rows" if len(faults) > _ROWS_NAMED else ""
+    more = f"; and {len(faults) - _ROWS_NAMED} more" if len(faults) > _ROWS_NAMED else ""
     return [
         Problem(
             setting=setting,

@@ -98,9 +98,14 @@ def test_dropped_pairs_exit_with_1(faulty: Path):
     assert "kept 37 of 40 pairs, dropped 3" in run(faulty).stdout
 
 
-def test_flagged_pairs_alone_exit_with_0(faulty: Path):
+def test_flagged_pairs_alone_exit_with_0_and_are_told_in_the_report(faulty: Path, tmp_path: Path):
     policy = "policy={identical: flag, similarity: flag, length_ratio: flag}"
-    assert told(faulty, "--set", policy)["dropped"] == 0
+    assert told(faulty, "--set", policy, "--output", tmp_path / "out")["dropped"] == 0
+    section = json.loads((tmp_path / "out" / "dpo_report.json").read_text(encoding="utf-8"))["sections"][0]
+    assert "2 pairs that identical flagged are still in the data: its policy is `flag`." in section["notes"]
+    asked = {row[0]: row[2] for row in section["tables"][1]["rows"]}
+    assert "2.5 % above 2 (now), 2.5 % above 3, " in asked["length_ratio"]
+    assert asked["duplicate"].startswith("0.0 % above 0.8, "), "0.6 cannot be set, and is not known"
 
 
 def test_a_folder_gets_every_row_the_records_and_the_report(faulty: Path, tmp_path: Path):
@@ -122,6 +127,8 @@ def test_a_folder_gets_every_row_the_records_and_the_report(faulty: Path, tmp_pa
     }  # fmt: skip
     report = json.loads((output / "dpo_report.json").read_text(encoding="utf-8"))
     assert report["sections"][0]["data"]["dropped"] == 3
+    # minimal_edit flagged two pairs, but others dropped them.
+    assert [note for note in report["sections"][0]["notes"] if "still in the data" in note] == []
     assert report["config"]["dpo_ext"]["quality"]["holdout"] == 0.2
     assert "faulty.jsonl" in (output / "dpo_report.html").read_text(encoding="utf-8")
     assert len(list(output.iterdir())) == 6, "something temporary is left"

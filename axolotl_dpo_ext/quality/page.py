@@ -7,11 +7,13 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from pydantic import ValidationError
 
 from axolotl_dpo_ext.quality.histograms import histograms
 from axolotl_dpo_ext.quality.reading import read_pairs
 from axolotl_dpo_ext.quality.render import bias_lines, by_source, found, kept_line, notes, percent, shared_prompts
 from axolotl_dpo_ext.quality.text import excerpt
+from axolotl_dpo_ext.settings import QualitySettings
 from axolotl_dpo_ext.vocabulary import Example, ExampleGroup, Section, Table
 
 if TYPE_CHECKING:
@@ -57,28 +59,29 @@ def _finds(reason: Reason) -> str:
 
 
 def _what_if(result: AuditResult) -> list[Table]:
-    """Returns how many rows other thresholds would flag, of the checks whose threshold is a setting."""
+    """Returns which share other thresholds would flag, of the checks whose threshold is a setting."""
+    found = {r: _settable(r, result.what_if(r.check)) for r in result.reasons if r.setting and r.scored}
     rows = [
-        [reason.check, reason.setting, ", ".join(_at(t, flagged, reason, result.pairs) for t, flagged in counts)]
-        for reason in result.reasons
-        if reason.setting and reason.scored and (counts := result.what_if(reason.check))
+        [r.check, r.setting, ", ".join(_at(threshold, flagged, r, result.pairs) for threshold, flagged in counts)]
+        for r, counts in found.items()
     ]
     caption = "Share of rows that other thresholds would flag; `rethreshold()` decides again without a new audit."
-    return (
-        [
-            Table(
-                columns=[
-                    "check",
-                    "setting",
-                    "would flag, of all pairs" if result.scored.paired else "would flag, of all answers",
-                ],
-                rows=rows,
-                caption=caption,
-            )
-        ]
-        if rows
-        else []
-    )
+    return [Table(columns=["check", "setting", "would flag"], rows=rows, caption=caption)] if rows else []
+
+
+def _settable(reason: Reason, counts: Sequence[tuple[float, int]]) -> list[tuple[float, int]]:
+    """Leaves out thresholds that the setting refuses: scores below its bound are not computed."""
+    if not reason.setting.startswith("max_") or reason.setting not in QualitySettings.model_fields:
+        return list(counts)
+    return [(threshold, flagged) for threshold, flagged in counts if _is_allowed(reason.setting, threshold)]
+
+
+def _is_allowed(setting: str, value: float) -> bool:
+    try:
+        QualitySettings.model_validate({setting: value})
+    except ValidationError:
+        return False
+    return True
 
 
 def _at(threshold: float, flagged: int, reason: Reason, pairs: int) -> str:

@@ -90,12 +90,18 @@ def shared_prompts(result: AuditResult) -> int:
 
 def notes(result: AuditResult) -> list[str]:
     """Returns what is worth knowing before training, one sentence each."""
+    noun = "pairs" if result.scored.paired else "answers"
+    # What another check drops is gone, also where this one only flags it.
+    left = {r.check: _flagged_and_kept(result, r) for r in result.reasons if r.policy == "flag"}
     flagged = [
-        f"{r.flagged} pairs that {r.check} flagged are still in the data: its policy is `flag`."
-        for r in result.reasons
-        if r.policy == "flag" and r.flagged
+        f"{n} {noun} that {name} flagged are still in the data: its policy is `flag`." for name, n in left.items() if n
     ]
     return [*_warnings(result), *flagged]
+
+
+def _flagged_and_kept(result: AuditResult, reason: Reason) -> int:
+    flagged = np.flatnonzero(result.scores[reason.check] > reason.threshold)
+    return len(np.setdiff1d(flagged, result.dropped_rows, assume_unique=True))
 
 
 def by_source(result: AuditResult) -> dict[str, dict[str, Any]]:
