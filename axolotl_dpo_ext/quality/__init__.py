@@ -23,7 +23,7 @@ __all__ = [
     "Scores",
     "SetCheck",
     "audit",
-    "likelihood_section",
     "checks_data",
+    "likelihood_section",
     "settings_problems",
 ]
