@@ -6,11 +6,10 @@ nothing else; everything else goes to stderr.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,8 @@ import click
 import yaml
 
 from axolotl_dpo_ext import __version__
+from axolotl_dpo_ext.cli_audit import audit
+from axolotl_dpo_ext.cli_common import JSON, command_errors, read_yaml, stdout_to_stderr
 from axolotl_dpo_ext.vocabulary import Problem, RunStopped
 
 
@@ -28,9 +29,12 @@ def cli() -> None:
     """Extension pack for preference tuning with Axolotl and TRL."""
 
 
+cli.add_command(audit)
+
+
 @cli.command()
 @click.argument("config", required=False, type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
+@JSON
 @click.option("--quick", is_flag=True, help="Leave out Axolotl's own validation, which takes some seconds to import.")
 def doctor(config: Path | None, as_json: bool, quick: bool) -> None:
     """Check versions, the plugin, and every key of CONFIG, without training.
@@ -41,8 +45,8 @@ def doctor(config: Path | None, as_json: bool, quick: bool) -> None:
     from axolotl_dpo_ext.plugins import extensions
     from axolotl_dpo_ext.stack import installed_versions
 
-    keys, duplicates = _read_yaml(config) if config else (None, [])
-    with _stdout_to_stderr():
+    keys, duplicates = read_yaml(config) if config else (None, [])
+    with stdout_to_stderr():
         versions = installed_versions()
         try:
             diagnosis = diagnose(keys, versions, extensions())
@@ -57,7 +61,7 @@ def doctor(config: Path | None, as_json: bool, quick: bool) -> None:
 
 @cli.command()
 @click.argument("config", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
+@JSON
 def precompute(config: Path, as_json: bool) -> None:
     """Compute and store the reference log-probabilities of CONFIG, and do not train.
 
@@ -68,10 +72,10 @@ def precompute(config: Path, as_json: bool) -> None:
     """
     from axolotl_dpo_ext.extras import MissingExtraError, require
 
-    keys, duplicates = _read_yaml(config)
+    keys, duplicates = read_yaml(config)
     if duplicates:
         raise click.ClickException("\n".join(str(problem) for problem in duplicates))
-    with _stdout_to_stderr():
+    with stdout_to_stderr():
         try:
             require("axolotl", "axolotl", "`precompute CONFIG` builds the trainer as Axolotl does, which")
             from axolotl_dpo_ext.plugin import precompute_with_axolotl
@@ -146,7 +150,6 @@ _ROOT = click.option(
     help="Folder of the stores. Default: AXOLOTL_DPO_EXT_REFERENCE_STORE, else dpo_reference beside the Hugging Face "
     "cache.",
 )
-_JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 
 
 @cli.group()
@@ -156,7 +159,7 @@ def ref_cache() -> None:
 
 @ref_cache.command("ls")
 @_ROOT
-@_JSON
+@JSON
 def ref_cache_ls(root: Path | None, as_json: bool) -> None:
     """List the stores, the model and the number of sequences of each."""
     _show_stores(_root(root), (), as_json)
@@ -165,7 +168,7 @@ def ref_cache_ls(root: Path | None, as_json: bool) -> None:
 @ref_cache.command("verify")
 @click.argument("stores", metavar="[STORE]...", nargs=-1)
 @_ROOT
-@_JSON
+@JSON
 def ref_cache_verify(stores: tuple[str, ...], root: Path | None, as_json: bool) -> None:
     """Read every byte of each STORE, or of all, and name the damaged files.
 
@@ -182,7 +185,7 @@ def ref_cache_verify(stores: tuple[str, ...], root: Path | None, as_json: bool) 
 )
 @click.option("--yes", is_flag=True, help="Remove; without it, only say what would be removed.")
 @_ROOT
-@_JSON
+@JSON
 def ref_cache_prune(
     stores: tuple[str, ...], unused_days: float | None, damaged: bool, yes: bool, root: Path | None, as_json: bool
 ) -> None:
@@ -192,7 +195,7 @@ def ref_cache_prune(
     if not stores and unused_days is None and not damaged:
         raise click.UsageError("say what to remove: --store, --unused-days or --damaged")
     root = _root(root)
-    with _command_errors():
+    with command_errors():
         removals = plan_pruning(root, _folders(root, stores), unused_days, damaged)
         if yes:
             remove(removals)
@@ -211,13 +214,13 @@ def ref_cache_prune(
 @click.argument("store")
 @click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
 @_ROOT
-@_JSON
+@JSON
 def ref_cache_export(store: str, file: Path, root: Path | None, as_json: bool) -> None:
     """Write the rows of STORE to FILE, .parquet or .jsonl: key, logp, tokens."""
     from axolotl_dpo_ext.reference.store_upkeep import export_store
 
     root = _root(root)
-    with _command_errors():
+    with command_errors():
         (path,) = _folders(root, (store,))
         rows, damaged = export_store(path, file)
     told = {"store": path.name, "file": str(file), "rows": rows, "left_out": [str(each.path) for each in damaged]}
@@ -248,22 +251,11 @@ def _folders(root: Path, stores: tuple[str, ...]) -> list[Path]:
     return list(dict.fromkeys(find_store(root, store) for store in stores))
 
 
-@contextlib.contextmanager
-def _command_errors() -> Iterator[None]:
-    """Shows what can't be as bad usage, and what went wrong as a problem; neither with a traceback."""
-    try:
-        yield
-    except ValueError as error:
-        raise click.UsageError(str(error)) from None
-    except (OSError, RunStopped) as error:
-        raise click.ClickException(str(error)) from None
-
-
 def _show_stores(root: Path, stores: tuple[str, ...], as_json: bool) -> None:
     """Prints what is in stores, or in all, and exits with 1 if any file of them is not used."""
     from axolotl_dpo_ext.reference.store_upkeep import list_stores, verify_store
 
-    with _command_errors():
+    with command_errors():
         summaries = [verify_store(path) for path in _folders(root, stores)] if stores else list_stores(root)
     if as_json:
         click.echo(json.dumps({"root": str(root), "stores": [each.as_json() for each in summaries]}, indent=2))
@@ -290,58 +282,14 @@ def _bytes(size: float) -> str:
     return f"{size:.1f} GB"
 
 
-def _read_yaml(path: Path) -> tuple[Mapping[str, Any], list[Problem]]:
-    """Returns the keys of an Axolotl configuration, and a problem for every key that stands there twice."""
-    twice: list[Problem] = []
-
-    class Loader(yaml.SafeLoader):
-        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-            names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
-            twice.extend(_twice(name, node) for name in dict.fromkeys(names) if names.count(name) > 1)
-            return super().construct_mapping(node, deep)
-
-    try:
-        keys = yaml.load(path.read_text(encoding="utf-8"), Loader)  # a SafeLoader
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise click.UsageError(f"{path} is not YAML: {error}") from None
-    if not isinstance(keys, dict):
-        found = "is empty" if keys is None else f"holds {type(keys).__name__}, not the keys of an Axolotl configuration"
-        raise click.UsageError(f"{path} {found}")
-    return keys, twice
-
-
-def _twice(name: str, node: yaml.MappingNode) -> Problem:
-    return Problem(
-        setting=name,
-        found=f"the key {name} twice in the mapping that starts in line {node.start_mark.line + 1}",
-        reason="YAML readers keep the last and lose the others without a word",
-        fix="put what stands under them into one",
-    )
-
-
 def _axolotl_problems(keys: Mapping[str, Any], diagnosis: Any) -> list[Problem]:
     """Returns what Axolotl's own validation refuses in the keys, with those that the pack would set."""
-    from axolotl_dpo_ext.plugin import validate_with_axolotl
+    from axolotl_dpo_ext.axolotl_config import validate_with_axolotl
 
     added = diagnosis.configuration.axolotl_keys if diagnosis.configuration else {}
     # Our own problems are known already; without its key the plugin leaves the validation to Axolotl.
     theirs = {key: value for key, value in keys.items() if key != "dpo_ext"}
     return validate_with_axolotl({**theirs, **added})
-
-
-@contextlib.contextmanager
-def _stdout_to_stderr() -> Iterator[None]:
-    """Sends what others write to stdout to stderr: Axolotl's logging holds on to the file descriptor."""
-    sys.stdout.flush()
-    saved = os.dup(1)
-    try:
-        os.dup2(2, 1)
-        with contextlib.redirect_stdout(sys.stderr):
-            yield
-    finally:
-        sys.stdout.flush()
-        os.dup2(saved, 1)
-        os.close(saved)
 
 
 def _doctor_text(diagnosis: Any) -> str:

@@ -8,7 +8,6 @@ pack: without a ``dpo_ext:`` key every method returns at once.
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
 import logging
 import math
@@ -22,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from axolotl.integrations.base import BasePlugin, PluginManager
 from axolotl.utils.logging import get_logger
 
-from axolotl_dpo_ext.vocabulary import ConfigurationError, Problem, RunStopped, misspelt_key
+from axolotl_dpo_ext.vocabulary import ConfigurationError, RunStopped, misspelt_key
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -40,8 +39,6 @@ if TYPE_CHECKING:
     from axolotl_dpo_ext.vocabulary import Section
 
 LOG = get_logger(__name__)
-
-RECORDS_FILE = "dpo_quality_records.jsonl"
 
 
 class DPOExtPlugin(BasePlugin):  # type: ignore[misc] # axolotl ships no types
@@ -97,10 +94,9 @@ class DPOExtPlugin(BasePlugin):  # type: ignore[misc] # axolotl ships no types
             return None
         from axolotl.common.datasets import TrainDatasetMeta
 
-        from axolotl_dpo_ext.axolotl_datasets import load_sources
+        from axolotl_dpo_ext.quality import RECORDS_FILE
 
-        loaded = load_sources(cfg)
-        audited = _audit(loaded, cfg, self._active.settings.quality, self._active.holdout)
+        loaded, audited = self.audit(cfg)
         if _is_main_process():
             LOG.info("axolotl-dpo-ext: quality of the preference pairs\n%s", audited.summary_table())
             audited.write_records(Path(cfg.output_dir) / RECORDS_FILE)
@@ -110,6 +106,22 @@ class DPOExtPlugin(BasePlugin):  # type: ignore[misc] # axolotl ships no types
         # As axolotl.common.datasets computes it, of the rows that are left.
         steps = math.ceil(len(train) * cfg.num_epochs / cfg.batch_size)
         return TrainDatasetMeta(train, heldout, steps)
+
+    def audit(self, cfg: DictDefault) -> tuple[Loaded, AuditResult]:
+        """Returns the pairs that Axolotl loads and what the audit finds in them, with the settings registered.
+
+        Raises:
+            ConfigurationError: A local file has rows that cannot be loaded; they are named.
+            QualityStop: Too little would be left.
+        """
+        from axolotl_dpo_ext.axolotl_datasets import load_sources
+        from axolotl_dpo_ext.upstream_errors import explained, in_files
+
+        if self._active is None or self._active.settings.quality is None:
+            raise RuntimeError("the plugin was not registered with a configuration that has `dpo_ext.quality`")
+        with explained(cfg, in_files):
+            loaded = load_sources(cfg)
+        return loaded, _audit(loaded, cfg, self._active.settings.quality, self._active.holdout)
 
     def get_training_args(self, cfg: DictDefault) -> dict[str, Any] | None:
         """Sets whether there is an evaluation before the first step, the "before" of the run report.
@@ -294,54 +306,12 @@ def why_unused(keys: Mapping[str, Any]) -> str:
     return f"reference: {strategy}" if strategy in STORELESS else ""
 
 
-# What shards a model over processes, or makes optimizer states; a process that only computes does without.
-_SHARDING_KEYS = ("deepspeed", "fsdp", "fsdp_config", "fsdp_version", "tensor_parallel_size", "context_parallel_size")
-
-
 def _for_precomputing(keys: Mapping[str, Any]) -> dict[str, Any]:
-    from axolotl_dpo_ext.hardware import expand_preset
-    from axolotl_dpo_ext.plugins import extensions
+    from axolotl_dpo_ext.axolotl_config import for_one_process
 
     given = keys.get("dpo_ext")
-    preset = given.get("hardware") if isinstance(given, Mapping) else None
-    # What a preset says of dtype and attention belongs to the values; how it shards does not.
-    filled = expand_preset(preset, keys, extensions().hardware_presets)[0] if preset else {}
-    kept = {key: copy.deepcopy(value) for key, value in {**keys, **filled}.items() if key not in _SHARDING_KEYS}
-    parts = dict(given) if isinstance(given, Mapping) else {}
-    asked = parts.get("reference")
-    parts["reference"] = {**(asked if isinstance(asked, Mapping) else {}), "strategy": "precomputed"}
-    kept["dpo_ext"] = {**parts, "hardware": None, "report": False}
+    asked = given.get("reference") if isinstance(given, Mapping) else None
+    reference = {**(asked if isinstance(asked, Mapping) else {}), "strategy": "precomputed"}
+    kept = for_one_process(keys, reference=reference)
     kept.pop("precompute_ref_log_probs", None)
-    plugins = kept.get("plugins") or []
-    named = "axolotl_dpo_ext.DPOExtPlugin"
-    kept["plugins"] = plugins if named in plugins else [*plugins, named]
     return kept
-
-
-# What the machine that will train is taken to have, so that a configuration can be checked on any machine.
-ASSUMED_CAPABILITIES = {"bf16": True, "fp8": False, "tf32": True, "n_gpu": 1, "compute_capability": "sm_90"}
-
-
-def validate_with_axolotl(keys: Mapping[str, Any]) -> list[Problem]:
-    """Runs Axolotl's own validation on a configuration, as ``axolotl train`` would.
-
-    Args:
-        keys: An Axolotl configuration as read from YAML.
-
-    Returns:
-        A problem for everything that Axolotl's validation refuses.
-    """
-    import torch
-    from axolotl.utils.config import prepare_plugins, validate_config
-    from axolotl.utils.dict import DictDefault
-
-    from axolotl_dpo_ext.upstream_errors import refusals
-
-    cfg = DictDefault(copy.deepcopy(dict(keys)))
-    environment = {"torch_version": str(torch.__version__).split("+", maxsplit=1)[0]}
-    try:
-        prepare_plugins(cfg)
-        validate_config(cfg, capabilities=ASSUMED_CAPABILITIES, env_capabilities=environment)
-    except Exception as error:
-        return refusals(error)
-    return []

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from axolotl_dpo_ext.vocabulary import ConfigurationError, Problem, RunStopped
+
+_JSON_FILES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".json.zst", ".jsonl.zst")
+_ROWS_NAMED = 3
 
 
 def refusals(error: Exception) -> list[Problem]:
@@ -33,7 +38,7 @@ def explained(
 
     Args:
         keys: The run's Axolotl keys.
-        otherwise: Returns the problems behind any other ``ValueError`` or ``OSError``; without any it passes as it is.
+        otherwise: Returns the problems behind any other exception; without any it passes as it is.
 
     Raises:
         ConfigurationError: With the problems.
@@ -44,7 +49,7 @@ def explained(
         raise
     except StopIteration:  # datasets and TRL look at the first row
         raise ConfigurationError([_no_rows(keys)]) from None
-    except (ValueError, OSError) as error:
+    except Exception as error:
         problems = [_missing_model(keys, error)] if _is_missing(error) else otherwise(keys, error)
         if not problems:
             raise
@@ -53,11 +58,27 @@ def explained(
 
 def in_validation(_keys: Mapping[str, Any], error: Exception) -> list[Problem]:
     """Returns the problems behind what reading the configuration raised."""
-    return refusals(error)
+    return refusals(error) if isinstance(error, (ValueError, OSError)) else []
+
+
+def in_files(keys: Mapping[str, Any], error: Exception) -> list[Problem]:
+    """Returns the rows of local JSON files behind what loading the datasets raised, a problem for each file."""
+    return [
+        problem
+        for setting in ("datasets", "test_datasets")
+        for path in _json_files(keys.get(setting))
+        for problem in _bad_rows(setting, path, error)
+    ]
 
 
 def in_datasets(keys: Mapping[str, Any], error: Exception) -> list[Problem]:
     """Returns the problem behind what loading the datasets raised."""
+    from datasets.exceptions import DatasetsError
+
+    if problems := in_files(keys, error):
+        return problems
+    if not isinstance(error, (ValueError, OSError, DatasetsError)):
+        return []
     return [
         Problem(
             setting="datasets",
@@ -105,6 +126,38 @@ def _no_rows(keys: Mapping[str, Any]) -> Problem:
         reason=f"the files are empty, or each pair is longer than sequence_len ({keys.get('sequence_len', 'not set')})",
         fix="name files with pairs, or raise sequence_len",
     )
+
+
+def _json_files(given: Any) -> list[Path]:
+    """Returns the local JSON files that a list of datasets names."""
+    files = []
+    for one in given if isinstance(given, list) else []:
+        named = [one.get("path"), one.get("data_files")] if isinstance(one, Mapping) else []
+        listed = [item for each in named for item in (each if isinstance(each, list) else [each])]
+        files += [Path(item) for item in listed if isinstance(item, str) and item.lower().endswith(_JSON_FILES)]
+    return [path for path in dict.fromkeys(files) if path.is_file()]
+
+
+def _bad_rows(setting: str, path: Path, error: Exception) -> list[Problem]:
+    from axolotl_dpo_ext.quality.files import read_files, unreadable_rows
+
+    try:
+        faults = list(read_files([path]).faults.values())
+        command = f"axolotl dpo-audit {shlex.quote(str(path))} --output DIR"
+        fix = f"mend it, or name DIR/train.jsonl instead, where `{command}` writes the good rows"
+    except ConfigurationError:  # columns of another name, for one, which Axolotl may well know
+        faults, fix = unreadable_rows(path), "mend it"
+    if not faults:
+        return []
+    more = f"; and {len(faults) - _ROWS_NAMED} more" if len(faults) > _ROWS_NAMED else ""
+    return [
+        Problem(
+            setting=setting,
+            found="; ".join(faults[:_ROWS_NAMED]) + more,
+            reason=f"Axolotl loads {path} as a whole or not at all ({type(error).__name__})",
+            fix=fix,
+        )
+    ]
 
 
 def _dataset_names(keys: Mapping[str, Any]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from axolotl_dpo_ext.upstream_errors import explained, in_datasets, in_trainer, in_validation
+from axolotl_dpo_ext.upstream_errors import explained, in_datasets, in_files, in_trainer, in_validation
 from axolotl_dpo_ext.vocabulary import ConfigurationError, Problem, RunStopped
 from tests.test_cli import command
 
@@ -56,6 +57,57 @@ def test_datasets_that_cannot_be_loaded_are_named():
         problem = told(in_datasets, error)
         assert "pairs.jsonl can't be loaded" in problem.found
         assert "no such file" in problem.reason
+
+
+@pytest.mark.parametrize("error", [ValueError("no"), TypeError("no"), KeyError("messages")])
+def test_rows_of_local_files_are_named_with_line_and_reason(error: Exception, tmp_path: Path):
+    pair = json.dumps({"prompt": "q", "chosen": "a", "rejected": "b"})
+    lines = {
+        "pairs.jsonl": [pair, pair, "oops", "5", "6", "7"],
+        "mixed.jsonl": [pair, pair, pair, pair.replace('"a"', "1")],
+        "own columns.jsonl": ['{"question": "q", "good": "a"}', "oops"],
+        "sound.jsonl": [pair, pair],
+    }
+    for name, some in lines.items():
+        (tmp_path / name).write_text("\n".join(some) + "\n", encoding="utf-8")
+    (tmp_path / "array.json").write_text(f"[{pair};{pair}]", encoding="utf-8")
+    path = {name: str(tmp_path / name) for name in (*lines, "array.json")}
+    keys = {
+        "datasets": [
+            {"path": path["pairs.jsonl"]},
+            {"path": "json", "data_files": [path["mixed.jsonl"]]},
+            {"path": "lab/hub"},
+        ],
+        "test_datasets": [
+            {"path": path["own columns.jsonl"]},
+            {"path": path["sound.jsonl"]},
+            {"path": path["array.json"]},
+        ],
+    }
+    for step in (in_files, in_datasets):
+        problems = step(keys, error)
+        assert [(problem.setting, problem.found) for problem in problems] == [
+            ("datasets", "pairs.jsonl, line 3: not JSON: Expecting value at character 1; pairs.jsonl, line 4: a number, not an "
+             "object with columns; pairs.jsonl, line 5: a number, not an object with columns; and 1 more"),
+            ("datasets", "mixed.jsonl, line 4: chosen: a number, but it has to be text, as in most rows of the file"),
+            ("test_datasets", "own columns.jsonl, line 2: not JSON: Expecting value at character 1"),
+            ("test_datasets", problems[3].found),
+        ]  # fmt: skip
+        assert problems[3].found.startswith("array.json: broken JSON in line 1")
+        assert f"`axolotl dpo-audit {path['pairs.jsonl']} --output DIR`" in problems[0].fix
+        assert type(error).__name__ in problems[0].reason
+        # The command reads the columns of pairs only.
+        assert problems[2].fix == problems[3].fix == "mend it"
+
+
+def test_sound_files_leave_an_error_as_it_is(tmp_path: Path):
+    (tmp_path / "sound.jsonl").write_text('{"prompt": "q", "chosen": "a", "rejected": "b"}\n', encoding="utf-8")
+    keys = {"datasets": [{"path": str(tmp_path / "sound.jsonl")}]}
+    error = KeyError("messages")
+    for step in (in_files, in_datasets):
+        with pytest.raises(KeyError) as caught, explained(keys, step):
+            raise error
+        assert caught.value is error
 
 
 def test_bfloat16_on_a_machine_without_it_is_told():

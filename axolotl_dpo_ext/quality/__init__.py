@@ -8,9 +8,12 @@ from __future__ import annotations
 from axolotl_dpo_ext.quality.audit import audit, settings_problems
 from axolotl_dpo_ext.quality.base import Check, Embedder, PairBatch, PairCheck, Scores, SetCheck
 from axolotl_dpo_ext.quality.likelihood import likelihood_section
+from axolotl_dpo_ext.quality.page import checks_data
+from axolotl_dpo_ext.quality.records import RECORDS_FILE
 from axolotl_dpo_ext.quality.result import AuditResult, QualityStop
 
 __all__ = [
+    "RECORDS_FILE",
     "AuditResult",
     "Check",
     "Embedder",
@@ -20,6 +23,7 @@ __all__ = [
     "Scores",
     "SetCheck",
     "audit",
+    "checks_data",
     "likelihood_section",
     "settings_problems",
 ]

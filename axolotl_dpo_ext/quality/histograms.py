@@ -54,7 +54,7 @@ def _of_check(scores: NDArray[np.float64], reason: Reason, kept: NDArray[np.bool
     if binned is None:
         return None
     title = f"{reason.check}: {reason.summary}"
-    return _named(binned, title, "score", reason.threshold, f"threshold {reason.threshold:g}", log_x=geometric)
+    return _named(binned, title, "score", reason.threshold, "threshold", log_x=geometric)
 
 
 Binned = tuple["NDArray[np.float64]", dict[str, list[int]]]

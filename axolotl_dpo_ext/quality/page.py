@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from pydantic import ValidationError
 
 from axolotl_dpo_ext.quality.histograms import histograms
 from axolotl_dpo_ext.quality.reading import read_pairs
-from axolotl_dpo_ext.quality.render import bias_lines, found, kept_line, notes, percent, shared_prompts
+from axolotl_dpo_ext.quality.render import bias_lines, by_source, found, kept_line, notes, percent, shared_prompts
 from axolotl_dpo_ext.quality.text import excerpt
+from axolotl_dpo_ext.settings import QualitySettings
 from axolotl_dpo_ext.vocabulary import Example, ExampleGroup, Section, Table
 
 if TYPE_CHECKING:
@@ -46,23 +49,44 @@ def section(result: AuditResult) -> Section:
 
 
 def _reasons(result: AuditResult) -> Table:
-    return Table(
-        columns=["check", "policy", "threshold", "flagged", "share", "finds"],
-        rows=[[r.check, r.policy, f"> {r.threshold:g}", *found(r), r.summary] for r in result.reasons],
-        caption="Rows flagged by each check. A row can be flagged by several.",
-    )
+    rows = [[r.check, r.policy, f"> {r.threshold:g}", *found(r), _finds(r)] for r in result.reasons]
+    caption = "Rows flagged by each check. A row can be flagged by several."
+    return Table(columns=["check", "policy", "score", "flagged", "share", "finds"], rows=rows, caption=caption)
+
+
+def _finds(reason: Reason) -> str:
+    return reason.summary if reason.scored or not reason.needs else f"nothing: it needs {reason.needs}"
 
 
 def _what_if(result: AuditResult) -> list[Table]:
-    """Returns how many rows other thresholds would flag, of the checks whose threshold is a setting."""
+    """Returns which share other thresholds would flag, of the checks whose threshold is a setting."""
+    found = {r: _settable(r, result.what_if(r.check)) for r in result.reasons if r.setting and r.scored}
     rows = [
-        [reason.check, f"> {threshold:g}", flagged, percent(flagged / result.pairs)]
-        for reason in result.reasons
-        if reason.setting and reason.scored
-        for threshold, flagged in result.what_if(reason.check)
+        [r.check, r.setting, ", ".join(_at(threshold, flagged, r, result.pairs) for threshold, flagged in counts)]
+        for r, counts in found.items()
     ]
-    caption = "What other thresholds would flag; `rethreshold()` decides again without a new audit."
-    return [Table(columns=["check", "score", "flagged", "share"], rows=rows, caption=caption)] if rows else []
+    caption = "Share of rows that other thresholds would flag; `rethreshold()` decides again without a new audit."
+    return [Table(columns=["check", "setting", "would flag"], rows=rows, caption=caption)] if rows else []
+
+
+def _settable(reason: Reason, counts: Sequence[tuple[float, int]]) -> list[tuple[float, int]]:
+    """Leaves out thresholds that the setting refuses: scores below its bound are not computed."""
+    if not reason.setting.startswith("max_") or reason.setting not in QualitySettings.model_fields:
+        return list(counts)
+    return [(threshold, flagged) for threshold, flagged in counts if _is_allowed(reason.setting, threshold)]
+
+
+def _is_allowed(setting: str, value: float) -> bool:
+    try:
+        QualitySettings.model_validate({setting: value})
+    except ValidationError:
+        return False
+    return True
+
+
+def _at(threshold: float, flagged: int, reason: Reason, pairs: int) -> str:
+    now = " (now)" if threshold == reason.threshold else ""
+    return f"{percent(flagged / pairs)} above {threshold:g}{now}"
 
 
 def _sources(result: AuditResult) -> list[Table]:
@@ -76,26 +100,6 @@ def _sources(result: AuditResult) -> list[Table]:
     ]
     columns = ["source", "rows", "dropped", "training", "held out", *checks]
     return [Table(columns=columns, rows=rows, caption="Rows by source, and those flagged by each check.")]
-
-
-def by_source(result: AuditResult) -> dict[str, dict[str, Any]]:
-    """Returns the figures of each source, by its name."""
-    names, source = np.unique(np.asarray(result.scored.sources, dtype=str), return_inverse=True)
-    k = len(names)
-    pairs = np.bincount(source, minlength=k)
-    dropped = np.bincount(source[result.dropped_rows], minlength=k)
-    heldout = np.bincount(source[result.heldout_rows], minlength=k)
-    flagged = {r.check: np.bincount(source[result.scores[r.check] > r.threshold], minlength=k) for r in result.reasons}
-    return {
-        str(name): {
-            "pairs": int(pairs[i]),
-            "dropped": int(dropped[i]),
-            "train": int(pairs[i] - dropped[i] - heldout[i]),
-            "heldout": int(heldout[i]),
-            "flagged": {check: int(counts[i]) for check, counts in flagged.items()},
-        }
-        for i, name in enumerate(names)
-    }
 
 
 def _examples(result: AuditResult) -> list[ExampleGroup]:
@@ -148,17 +152,7 @@ def _data(result: AuditResult) -> dict[str, Any]:
         "shared_prompts": shared_prompts(result),
         "length_unit": result.scored.unit,
         "embedder": result.scored.embedder,
-        "checks": {
-            r.check: {
-                "policy": r.policy,
-                "threshold": _finite(r.threshold),
-                "scored": r.scored,
-                "flagged": r.flagged,
-                "share": r.share,
-                "example": r.example,
-            }
-            for r in result.reasons
-        },
+        "checks": checks_data(result.reasons),
     }
     if result.scored.paired:
         before, after = result.length_bias_before, result.length_bias_after
@@ -166,6 +160,21 @@ def _data(result: AuditResult) -> dict[str, Any]:
     if result.scored.sources is not None:
         data["sources"] = by_source(result)
     return data
+
+
+def checks_data(reasons: Sequence[Reason]) -> dict[str, dict[str, Any]]:
+    """Returns what each check found, for JSON."""
+    return {
+        r.check: {
+            "policy": r.policy,
+            "threshold": _finite(r.threshold),
+            "scored": r.scored,
+            "flagged": r.flagged,
+            "share": r.share,
+            "example": r.example,
+        }
+        for r in reasons
+    }
 
 
 def _bias_data(bias: LengthBias) -> dict[str, float | int | None]:

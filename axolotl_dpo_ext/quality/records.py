@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+RECORDS_FILE = "dpo_quality_records.jsonl"
+
 # Excerpts may hold half of a character that was cut in two upstream; it has no UTF-8.
 _UTF8, _REPLACE = "utf-8", "replace"
 _ROWS_AT_A_TIME = 10_000

@@ -22,7 +22,15 @@ def summary(result: AuditResult) -> str:
     """Returns the outcome as plain text: reasons, what is left, length bias, examples."""
     bias = [f"{name}: {value}" for name, value in bias_lines(result)]
     return "\n".join(
-        [reasons_text(result.reasons), *not_run(result.reasons), "", kept_line(result), *bias, *_warnings(result)]
+        [
+            reasons_text(result.reasons),
+            *_not_run(result.reasons),
+            "",
+            *_source_lines(result),
+            kept_line(result),
+            *bias,
+            *_warnings(result),
+        ]
     )
 
 
@@ -34,7 +42,7 @@ def reasons_text(reasons: Sequence[Reason]) -> str:
     cells = [[reason.check, reason.policy, f"> {reason.threshold:g}", *found(reason)] for reason in reasons]
     examples = [f"  {reason.check}: {reason.example}" for reason in reasons if reason.example]
     heading = ["", "one example each, the strongest:"] if examples else []
-    return "\n".join([*_aligned(columns, cells), *heading, *examples])
+    return "\n".join([*_aligned(columns, cells, left=2), *heading, *examples])
 
 
 def found(reason: Reason) -> tuple[str, str]:
@@ -42,7 +50,7 @@ def found(reason: Reason) -> tuple[str, str]:
     return (str(reason.flagged), percent(reason.share)) if reason.scored else ("–", "–")
 
 
-def not_run(reasons: Sequence[Reason]) -> list[str]:
+def _not_run(reasons: Sequence[Reason]) -> list[str]:
     """Returns what the checks that had nothing to look at would have needed."""
     return [f"{r.check} had nothing to look at: it needs {r.needs}." for r in reasons if not r.scored and r.needs]
 
@@ -65,7 +73,8 @@ def advice(reasons: Sequence[Reason]) -> str:
 def kept_line(result: AuditResult) -> str:
     """Returns how many rows are kept, dropped and held out, in one line."""
     kept = result.pairs - len(result.dropped_rows)
-    line = f"kept {kept} of {result.pairs} pairs, dropped {len(result.dropped_rows)}"
+    noun = "pairs" if result.scored.paired else "answers"
+    line = f"kept {kept} of {result.pairs} {noun}, dropped {len(result.dropped_rows)}"
     if result.heldout is None:
         return line + "; none held out"
     sizes = f"{len(result.train)} to train on, {len(result.heldout_rows)} held out"
@@ -81,18 +90,54 @@ def shared_prompts(result: AuditResult) -> int:
 
 def notes(result: AuditResult) -> list[str]:
     """Returns what is worth knowing before training, one sentence each."""
+    noun = "pairs" if result.scored.paired else "answers"
+    # What another check drops is gone, also where this one only flags it.
+    left = {r.check: _flagged_and_kept(result, r) for r in result.reasons if r.policy == "flag"}
     flagged = [
-        f"{r.flagged} pairs that {r.check} flagged are still in the data: its policy is `flag`."
-        for r in result.reasons
-        if r.policy == "flag" and r.flagged
+        f"{n} {noun} that {name} flagged are still in the data: its policy is `flag`." for name, n in left.items() if n
     ]
-    words = [] if result.scored.unit == "tokens" else ["Lengths are words, not tokens: no tokenizer was given."]
-    return [*_warnings(result), *flagged, *not_run(result.reasons), *words]
+    return [*_warnings(result), *flagged]
+
+
+def _flagged_and_kept(result: AuditResult, reason: Reason) -> int:
+    flagged = np.flatnonzero(result.scores[reason.check] > reason.threshold)
+    return len(np.setdiff1d(flagged, result.dropped_rows, assume_unique=True))
+
+
+def by_source(result: AuditResult) -> dict[str, dict[str, Any]]:
+    """Returns the figures of each source, by its name."""
+    names, source = np.unique(np.asarray(result.scored.sources, dtype=str), return_inverse=True)
+    k = len(names)
+    pairs = np.bincount(source, minlength=k)
+    dropped = np.bincount(source[result.dropped_rows], minlength=k)
+    heldout = np.bincount(source[result.heldout_rows], minlength=k)
+    flagged = {r.check: np.bincount(source[result.scores[r.check] > r.threshold], minlength=k) for r in result.reasons}
+    return {
+        str(name): {
+            "pairs": int(pairs[i]),
+            "dropped": int(dropped[i]),
+            "train": int(pairs[i] - dropped[i] - heldout[i]),
+            "heldout": int(heldout[i]),
+            "flagged": {check: int(counts[i]) for check, counts in flagged.items()},
+        }
+        for i, name in enumerate(names)
+    }
+
+
+def _source_lines(result: AuditResult) -> list[str]:
+    """Returns the figures of several sources as a table."""
+    if result.scored.sources is None or len(figures := by_source(result)) < 2:
+        return []
+    columns = ["source", "rows", "dropped", "training", "held out"]
+    keys = ("pairs", "dropped", "train", "heldout")
+    cells = [[name, *(str(of[key]) for key in keys)] for name, of in figures.items()]
+    return [*_aligned(columns, cells, left=1), ""]
 
 
 def _warnings(result: AuditResult) -> list[str]:
     """Returns what may spoil the run as a whole, rather than single pairs."""
-    return [*_bias_warning(result.length_bias_after), *foreign_warning(result.scored.log_likelihood)]
+    words = [] if result.scored.unit == "tokens" else ["Lengths are words, not tokens: no tokenizer was given."]
+    return [*_bias_warning(result.length_bias_after), *foreign_warning(result.scored.log_likelihood), *words]
 
 
 def _bias_warning(bias: LengthBias) -> list[str]:
@@ -143,12 +188,12 @@ def percent(share: float) -> str:
     return f"{100 * share:.1f} %" if math.isfinite(share) else "–"
 
 
-def _aligned(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Returns a table as lines: the first two columns to the left, figures to the right."""
+def _aligned(columns: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> list[str]:
+    """Returns a table as lines: the first ``left`` columns to the left, figures to the right."""
     widths = [max(len(row[i]) for row in (columns, *rows)) for i in range(len(columns))]
     return [
         "  ".join(
-            cell.ljust(width) if i < 2 else cell.rjust(width)
+            cell.ljust(width) if i < left else cell.rjust(width)
             for i, (cell, width) in enumerate(zip(row, widths, strict=True))
         ).rstrip()
         for row in (columns, *rows)

@@ -94,7 +94,7 @@ _FIGURE = re.compile(r"[<>≤≥]? ?[-+−]?\d[\d.,]* ?%?")  # a number, also as
 
 
 def _is_figure(value: Any) -> bool:
-    if type(value) in (int, float) or value in ("nan", "inf", "-inf"):
+    if type(value) in (int, float) or value in ("nan", "inf", "-inf", "–"):
         return True
     return isinstance(value, str) and _FIGURE.fullmatch(value) is not None
 

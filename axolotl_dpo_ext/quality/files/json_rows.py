@@ -102,7 +102,7 @@ def _loads(line: bytes) -> Any:
 
 
 def _not_json(error: json.JSONDecodeError, line: bytes) -> str:
-    fault = f"not JSON: {error.msg} at character {error.pos + 1}"
+    fault = f"not JSON: {error.msg.removesuffix(' at')} at character {error.pos + 1}"
     if b"\0" in line:
         return fault + "; it has NUL bytes, as files have that were being written when a machine or disk failed"
     return fault if line.endswith(b"\n") else fault + "; it is the last line and has no end: the file may be cut off"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from axolotl_dpo_ext.quality.files.csv_rows import CsvFile
 from axolotl_dpo_ext.quality.files.json_rows import is_lines, line_rows, text_rows
 from axolotl_dpo_ext.quality.files.sources import CHUNK_ROWS, ArrowSource, RowSource, Source, damaged
-from axolotl_dpo_ext.quality.files.streams import COMPRESSIONS, UnusableFileError, data_suffix
+from axolotl_dpo_ext.quality.files.streams import COMPRESSIONS, Row, UnusableFileError, data_suffix
 
 _TEXTS = (".jsonl", ".json", ".csv", ".tsv")
 _SUFFIXES = (*_TEXTS, ".parquet", ".arrow")
@@ -41,9 +41,23 @@ def open_source(path: Path) -> Source:
         return _arrow_source(path, _parquet_tables if suffix == ".parquet" else _ipc_tables)
     if suffix in (".csv", ".tsv"):
         return RowSource(path, "line", CsvFile(path).rows)
-    if suffix == ".jsonl" or is_lines(path):
-        return RowSource(path, "line", partial(line_rows, path))
-    return RowSource(path, "row", partial(text_rows, path))
+    return RowSource(path, *_json_rows(path))
+
+
+def unreadable_rows(path: Path) -> list[str]:
+    """Returns what is wrong with the rows of a JSON file that cannot be read, whatever its columns are."""
+    try:
+        unit, rows = _json_rows(path)
+        return [f"{path.name}, {unit} {row.number}: {row.fault}" for row in rows() if row.fault]
+    except UnusableFileError as error:
+        return [f"{path.name}: {error}"]
+
+
+def _json_rows(path: Path) -> tuple[str, Callable[[], Iterator[Row]]]:
+    """Returns what a row of a JSON file is called, and what yields its rows."""
+    if data_suffix(path) == ".jsonl" or is_lines(path):
+        return "line", partial(line_rows, path)
+    return "row", partial(text_rows, path)
 
 
 def _arrow_source(path: Path, read: Any) -> ArrowSource:
