@@ -133,8 +133,8 @@ class QualitySettings(_Part):
     holdout: Size | None = Field(
         default=None,
         description="Size of the held-out split: a fraction below 1, or a number of pairs. Prompts never "
-        "appear on both sides. Default: Axolotl's `val_set_size` if set, none if `test_datasets` is set, else 0.1. "
-        "`0` turns it off.",
+        "appear on both sides. Default in an Axolotl run: `val_set_size` if set, none if `test_datasets` is set, else "
+        "0.1; in Python: none. `0` turns it off.",
     )
     group_similar_prompts: bool = Field(
         default=False,

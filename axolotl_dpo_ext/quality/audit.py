@@ -9,13 +9,21 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from axolotl_dpo_ext.quality.arguments import (
+    check_extensions,
+    check_numbers,
+    check_tokenizer,
+    known_faults,
+    quality_settings,
+    source_labels,
+)
 from axolotl_dpo_ext.quality.base import Check, Embedder
 from axolotl_dpo_ext.quality.cache import score_once, scores_key
 from axolotl_dpo_ext.quality.columns import find_columns
 from axolotl_dpo_ext.quality.decisions import decide
 from axolotl_dpo_ext.quality.embedding import embedder_problems, find_embedder
 from axolotl_dpo_ext.quality.holdout import check_holdout
-from axolotl_dpo_ext.quality.policies import check_policies
+from axolotl_dpo_ext.quality.policies import check_policies, check_serving
 from axolotl_dpo_ext.quality.reading import PairReader
 from axolotl_dpo_ext.quality.result import AuditResult, QualityStop
 from axolotl_dpo_ext.quality.scoring import Findings, PromptKeys, Scored, batch_keys, score_pairs
@@ -30,7 +38,7 @@ if TYPE_CHECKING:
 def audit(
     dataset: Dataset,
     tokenizer: Any = None,
-    settings: QualitySettings | None = None,
+    settings: QualitySettings | Mapping[str, Any] | None = None,
     *,
     checks: Sequence[Check] | None = None,
     embedders: Sequence[Embedder] | None = None,
@@ -53,7 +61,7 @@ def audit(
             unpaired data with ``completion`` and ``label``, on which the checks run that fit there.
         tokenizer: The run's tokenizer. Lengths are counted in its tokens, after its chat template where the data
             are conversations. Without it lengths are words.
-        settings: Thresholds, policies and the embedder's name; the defaults if not given.
+        settings: Thresholds, policies and the embedder's name, also as a mapping; the defaults if not given.
         checks: The checks to run; the built-in ones by default.
         embedders: The embedders that settings can name besides models; the built-in one by default.
         max_length: Tokens of prompt and answer that the run keeps (TRL's ``max_length``, Axolotl's
@@ -72,29 +80,30 @@ def audit(
         The data to train on, the data held out, the data dropped, and a record of every flagged pair.
 
     Raises:
-        ConfigurationError: If a setting names an unknown check or embedder, a column is missing, or the
-            held-out split cannot be made.
+        ConfigurationError: If a setting names an unknown check or embedder, or one that does not serve this data, a
+            column is missing, or the held-out split cannot be made.
+        TypeError: If an argument is of a kind that it cannot be; the message says what to pass.
         QualityStop: If more than ``max_drop_fraction`` of the pairs would be dropped, or no pair is left.
         CheckFailedError: If a check fails; the message names it and the rows.
     """
     from axolotl_dpo_ext.quality import builtins
 
-    settings = QualitySettings() if settings is None else settings
-    if isinstance(tokenizer, QualitySettings):
-        raise TypeError("the tokenizer comes second: `audit(dataset, tokenizer, settings)` or `settings=…`")
+    settings = quality_settings(settings)
+    check_tokenizer(tokenizer)
+    check_numbers(max_length, holdout, batch_size)
     checks = builtins.pair_checks() if checks is None else checks
     embedders = builtins.embedders() if embedders is None else embedders
+    check_extensions(checks, embedders)
     wanted = next((size for size in (holdout, settings.holdout) if size is not None), 0.0)
-    if batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}; expected at least 1 row")
-    if problems := settings_problems(settings, checks, embedders, wanted):
-        raise ConfigurationError(problems)
     paired = find_columns(dataset).paired
+    serving = tuple(check for check in checks if paired or check.on_singles)
+    problems = settings_problems(settings, checks, embedders, wanted)
+    if problems := problems + check_serving(settings, checks, serving):
+        raise ConfigurationError(problems)
     if len(dataset) == 0:
         raise QualityStop("The dataset has no pairs: nothing to train on. Check its path and its `split`.")
-    labels = _labels(dataset, sources)
-    serving = tuple(check for check in checks if paired or check.on_singles)
-    reader = PairReader(dataset, TextTokenizer.of(tokenizer), max_length, faults or {})
+    labels = source_labels(dataset, sources)
+    reader = PairReader(dataset, TextTokenizer.of(tokenizer), max_length, known_faults(faults, dataset))
     embedder = find_embedder(settings.embedder, embedders)
     keys = None if test is None else prompt_keys(test, batch_size)
 
@@ -109,7 +118,7 @@ def audit(
     scored = Scored(
         **vars(found),
         dataset=dataset,
-        checks=serving,
+        checks=tuple(checks),
         unit=reader.tokenizer.unit,
         embedder=settings.embedder,
         similar_prompts=settings.group_similar_prompts,
@@ -139,13 +148,7 @@ def prompt_keys(dataset: Dataset, batch_size: int = 1000) -> PromptKeys:
     Raises:
         ConfigurationError: If it holds no preference data.
     """
+    find_columns(dataset, "test")
     reader = PairReader(dataset, TextTokenizer.of(None))
     keys = [batch_keys(batch) for batch in reader.batches(batch_size)]
     return PromptKeys(np.concatenate([np.empty(0, dtype=np.uint64), *keys]))
-
-
-def _labels(dataset: Dataset, sources: str | Sequence[str] | None) -> Sequence[str] | None:
-    labels = [str(label) for label in dataset[sources]] if isinstance(sources, str) else sources
-    if labels is not None and len(labels) != len(dataset):
-        raise ValueError(f"sources has {len(labels)} labels for {len(dataset)} rows; expected one each")
-    return labels

@@ -31,6 +31,7 @@ class PairBatch:
         chosen_ids: The chosen answer as the model will see it, with what ends it. Empty for malformed pairs.
         rejected_ids: The rejected answer likewise.
         faults: What is wrong with the pair's form, ``""`` where nothing is. Empty: all are well-formed.
+        tools: The row's tools as text; empty where the data has none.
         figures: Numbers that the data holds of the pairs, by name, float64, shape ``(n,)``, NaN where unknown:
             ``margin`` (score of chosen minus rejected), ``chosen_logp`` and ``rejected_logp`` (summed log-probability
             under the reference model, nats).
@@ -48,6 +49,7 @@ class PairBatch:
     chosen_ids: TokenIds
     rejected_ids: TokenIds
     faults: Sequence[str] = ()
+    tools: Sequence[str] = ()
     figures: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
     desirable: NDArray[np.bool_] | None = None
     in_test: NDArray[np.int64] | None = None
@@ -83,6 +85,7 @@ class PairBatch:
             chosen_ids=self.chosen_ids.take(rows),
             rejected_ids=self.rejected_ids.take(rows),
             faults=[self.faults[row] for row in rows] if self.faults else (),
+            tools=[self.tools[row] for row in rows] if self.tools else (),
             figures={name: values[rows] for name, values in self.figures.items()},
             desirable=None if self.desirable is None else self.desirable[rows],
             in_test=None if self.in_test is None else self.in_test[rows],
@@ -134,6 +137,7 @@ class Check(ABC):
         setting: Key of the setting that holds the threshold, for advice; ``""`` where the threshold is fixed.
         sees_malformed: Whether malformed pairs are scored too. Others never see them; their score is NaN.
         on_singles: Whether the check also makes sense on the single answers of unpaired data.
+        matches_test_data: Whether its matched rows are those of the test data, not of the audited data.
         needs: What the check cannot do without, for the table where it scores nothing, such as ``max_length``.
     """
 
@@ -143,6 +147,7 @@ class Check(ABC):
     setting: str = ""
     sees_malformed: bool = False
     on_singles: bool = False
+    matches_test_data: bool = False
     needs: str = ""
 
     @abstractmethod

@@ -1,7 +1,8 @@
 """Scores on disk: one process audits and the others read, and a second audit of the same rows costs nothing.
 
-What decides, thresholds and policies, is no part of a score, so changing it reads the same file. All that a score does
-depend on is in the file's name: rows, tokenizer, maximal length, checks, embedder, test data, sources.
+What decides, thresholds and whether flagged pairs are dropped, is no part of a score, so changing it reads the same
+file. All that a score does depend on is in the file's name: rows, tokenizer, maximal length, the checks that are run,
+embedder, test data. The files may be removed at any time.
 """
 
 from __future__ import annotations
@@ -10,8 +11,10 @@ import inspect
 import json
 import logging
 import os
+import pickle
 import secrets
 import zipfile
+import zlib
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -23,6 +26,7 @@ import xxhash
 from axolotl_dpo_ext.quality.columns import find_columns
 from axolotl_dpo_ext.quality.policies import policy_of
 from axolotl_dpo_ext.quality.scoring import Findings
+from axolotl_dpo_ext.quality.semantic import Model2VecEmbedder, SentenceTransformersEmbedder
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -47,7 +51,7 @@ def score_once(folder: Path, key: str, compute: Callable[[], Findings]) -> Findi
         compute: Computes them.
 
     Raises:
-        OSError: The folder cannot be written to.
+        OSError: The folder cannot be made.
     """
     from filelock import FileLock
 
@@ -57,13 +61,16 @@ def score_once(folder: Path, key: str, compute: Callable[[], Findings]) -> Findi
         if path.exists():
             try:
                 found = _load(path)
-            except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
                 logger.warning("%s is damaged (%s): the pairs are scored again", path, error)
             else:
                 logger.info("read the scores of %d pairs from %s", len(found.keys), path)
                 return found
         found = compute()
-        _save(path, found)
+        try:
+            _save(path, found)
+        except OSError as error:  # a full disk must not cost a finished audit
+            logger.warning("the scores could not be written to %s (%s): the next start scores again", path, error)
         return found
 
 
@@ -84,7 +91,7 @@ def scores_key(
         "framed": [reader.tokenizer.unit, reader.tokenizer.opening, reader.tokenizer.eos, reader.tokenizer.bos],
         "max_length": reader.max_length,
         "checks": [[check.name, _code(check)] for check in run],
-        "embedder": [embedder.name, _code(embedder), _files(embedder.name)],
+        "embedder": _embedder_identity(embedder),
         "similar_prompts": settings.group_similar_prompts,
         "test": None if test is None else test.digest,
     }
@@ -113,16 +120,25 @@ def _tokenizer_identity(text_tokenizer: TextTokenizer) -> list[str]:
         # Words are words; of another callable nothing is known.
         return [text_tokenizer.unit if text_tokenizer.unit == "words" else secrets.token_hex()]
     fast = getattr(tokenizer, "backend_tokenizer", None)
-    content = fast.to_str() if fast is not None else f"{tokenizer.name_or_path} {len(tokenizer)}"
+    # A slow tokenizer is code: of what it does with other files of the same name nothing is known.
+    content = fast.to_str() if fast is not None else secrets.token_hex()
     return [
         xxhash.xxh3_128_hexdigest(content.encode("utf-8", "surrogatepass")),
         str(getattr(tokenizer, "chat_template", None)),
     ]
 
 
-def _code(thing: object) -> str:
-    """Returns a digest of the file that a check or an embedder is written in, so that editing it counts."""
-    kind = type(thing)
+def _code(thing: object) -> list[str]:
+    """Returns what a check or an embedder is: the files that its classes are written in, and what it was made with."""
+    kinds = [kind for kind in type(thing).__mro__ if kind is not object]
+    try:
+        made_with = pickle.dumps({name: value for name, value in vars(thing).items()})
+    except Exception:  # pickling raises what it likes; unknown counts as different
+        made_with = secrets.token_bytes()
+    return [*map(_source_of, kinds), xxhash.xxh3_64_hexdigest(made_with)]
+
+
+def _source_of(kind: type) -> str:
     try:
         source = Path(inspect.getfile(kind)).read_bytes()
     except (OSError, TypeError):
@@ -130,12 +146,20 @@ def _code(thing: object) -> str:
     return f"{kind.__module__}.{kind.__qualname__} {xxhash.xxh3_64_hexdigest(source)}"
 
 
+def _embedder_identity(embedder: Embedder) -> list[Any]:
+    """Returns what tells one embedder from another; a model that is named as on the Hub is taken to stay the same."""
+    if isinstance(embedder, (Model2VecEmbedder, SentenceTransformersEmbedder)):
+        return [embedder.name, _source_of(type(embedder)), _files(embedder.name)]
+    return [embedder.name, _code(embedder)]
+
+
 def _files(name: str) -> list[list[Any]]:
     """Returns size and time of a model's files, where an embedder is named by a path."""
-    folder = Path(name.partition(":")[2] or name)
+    folder = Path(name.partition(":")[2] or name).expanduser()
     if not folder.is_dir():
         return []
-    return sorted([path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in folder.iterdir())
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return sorted([str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in files)
 
 
 def _save(path: Path, found: Findings) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -29,14 +29,14 @@ class Columns:
     Attributes:
         sides: ``chosen`` and ``rejected``, or ``completion`` and ``label``.
         prompt: The prompt's column; ``None`` where the prompt is implicit.
-        tools: Whether there is a column ``tools``.
+        template: Columns that the chat template needs: ``tools``, ``chat_template_kwargs``.
         figures: Columns with numbers, by what they mean: ``margin``, ``chosen_score``, ``rejected_score``,
             ``chosen_logp``, ``rejected_logp``.
     """
 
     sides: tuple[str, str]
     prompt: str | None = None
-    tools: bool = False
+    template: tuple[str, ...] = ()
     figures: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -47,27 +47,31 @@ class Columns:
     @property
     def names(self) -> list[str]:
         """Names of all columns to read."""
-        texts = [*self.sides, *([self.prompt] if self.prompt else []), *(["tools"] if self.tools else [])]
+        texts = [*self.sides, *([self.prompt] if self.prompt else []), *self.template]
         return list(dict.fromkeys([*texts, *self.figures.values()]))
 
 
-def find_columns(dataset: Dataset) -> Columns:
+def find_columns(dataset: Dataset, setting: str = "datasets") -> Columns:
     """Finds the columns that hold the preference data.
+
+    Args:
+        dataset: The data.
+        setting: What it was given as, for messages.
 
     Raises:
         ConfigurationError: If there are neither pairs nor answers with labels, or if the dataset has no length.
     """
     names = getattr(dataset, "column_names", None)
     if not isinstance(names, list) or not hasattr(dataset, "__getitem__") or not hasattr(dataset, "select"):
-        raise ConfigurationError([_no_dataset(dataset)])
+        raise ConfigurationError([_no_dataset(dataset, setting)])
     sides = UNPAIRED if set(UNPAIRED) <= set(names) and not set(PAIRED) <= set(names) else PAIRED
     missing = [name for name in sides if name not in names]
     if missing:
-        raise ConfigurationError([_missing(names, missing)])
+        raise ConfigurationError([_missing(names, missing, setting)])
     return Columns(
         sides=sides,
         prompt=next((name for name in PROMPT_COLUMNS if name in names), None),
-        tools="tools" in names,
+        template=tuple(name for name in ("tools", "chat_template_kwargs") if name in names),
         figures=_figures(dataset) if sides == PAIRED else {},
     )
 
@@ -87,18 +91,26 @@ def _is_number(feature: Any) -> bool:
     return str(getattr(feature, "dtype", "")).startswith(("int", "uint", "float"))
 
 
-def _no_dataset(given: Any) -> Problem:
+def _no_dataset(given: Any, setting: str) -> Problem:
     return Problem(
-        setting="datasets",
+        setting=setting,
         found=type(given).__name__,
         reason="the audit reads every pair and selects rows, which needs a `datasets.Dataset`",
-        fix="load the data without streaming, and pass one split at a time",
+        fix=_one_split(given),
     )
 
 
-def _missing(names: Sequence[str], missing: Sequence[str]) -> Problem:
+def _one_split(given: Any) -> str:
+    if isinstance(given, Mapping) and given:  # a DatasetDict
+        return f"pass one split, such as `[{next(iter(given))!r}]` of it"
+    if isinstance(given, (list, tuple)):
+        return "make one of the rows: `datasets.Dataset.from_list(rows)`"
+    return "load the data without streaming, and pass one split at a time"
+
+
+def _missing(names: Sequence[str], missing: Sequence[str], setting: str) -> Problem:
     return Problem(
-        setting="datasets",
+        setting=setting,
         found=f"columns {', '.join(names) or '(none)'}",
         reason=f"there is no column {' and no column '.join(map(repr, missing))}, so no pairs",
         fix="rename the columns to `chosen` and `rejected` (for kto: `completion` and `label`), or set the dataset's "

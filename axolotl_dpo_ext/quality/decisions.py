@@ -30,7 +30,7 @@ def decide(scored: Scored, settings: QualitySettings, holdout: float) -> AuditRe
         QualityStop: If too many pairs would be dropped or none is left.
         ConfigurationError: If the held-out split cannot be made.
     """
-    active = [check for check in scored.checks if policy_of(check, settings) != "keep"]
+    active = [check for check in scored.serving if policy_of(check, settings) != "keep"]
     absent = [check.name for check in active if check.name not in scored.scores]
     if absent:
         raise ValueError(f"no scores of {', '.join(absent)}: the audit was run without; audit again")
@@ -60,7 +60,7 @@ def _strata(scored: Scored, kept: NDArray[np.intp]) -> NDArray[np.intp] | None:
     """Returns the source of each kept row as a number."""
     if scored.sources is None:
         return None
-    return np.unique(np.asarray(scored.sources, dtype=str), return_inverse=True)[1][kept]
+    return scored.source_numbers[1][kept].astype(np.intp)
 
 
 def _reason(check: Check, scored: Scored, settings: QualitySettings) -> Reason:
@@ -75,6 +75,7 @@ def _reason(check: Check, scored: Scored, settings: QualitySettings) -> Reason:
         flagged=len(flagged),
         share=len(flagged) / len(scores),
         scored=int(np.count_nonzero(~np.isnan(scores))),
+        matches_test_data=check.matches_test_data,
         needs=check.needs,
         example=_example(check, int(flagged[np.argmax(scores[flagged])]), scores, scored) if len(flagged) else "",
     )

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from axolotl_dpo_ext.quality.checks.reference_likelihood import deviations, foreign_warning
+from axolotl_dpo_ext.quality.checks.reference_likelihood import deviations, foreign_warning, per_token
 from axolotl_dpo_ext.quality.histograms import plain_histogram
 from axolotl_dpo_ext.settings import QualitySettings
 from axolotl_dpo_ext.vocabulary import Section
@@ -70,9 +70,7 @@ def _per_token(dataset: Dataset, max_length: int | None) -> NDArray[np.float64]:
         table = rows[start : start + _ROWS_AT_A_TIME]
         lengths = {name: pc.list_value_length(table[name]).to_numpy() for name in columns if name.endswith("_ids")}
         for column, side in enumerate(_SIDES):
-            tokens = lengths[f"{side}_ids"]
-            if max_length is not None:
-                tokens = np.minimum(tokens, np.maximum(max_length - lengths["prompt_ids"], 0))
             sums = table[f"ref_{side}_logps"].to_numpy().astype(np.float64)
-            found[start : start + len(table), column] = np.where(tokens > 0, sums / np.maximum(tokens, 1), np.nan)
+            values = per_token(sums, lengths[f"{side}_ids"], lengths["prompt_ids"], max_length)
+            found[start : start + len(table), column] = values
     return found

@@ -120,7 +120,7 @@ def _example(result: AuditResult, reason: Reason, row: int) -> Example:
     score = result.scores[reason.check][row]
     fault = result.scored.faults.get(row) if reason.check == "malformed" else None
     matched = result.scored.matched.get(reason.check)
-    other = int(matched[row]) if matched is not None and reason.check != "leakage" else -1
+    other = int(matched[row]) if matched is not None and not reason.matches_test_data else -1
     pair = read_pairs(result.scored.dataset, [row])[0]
     answers = _answers(pair)
     if other >= 0:

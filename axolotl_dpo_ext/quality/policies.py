@@ -60,6 +60,21 @@ def check_policies(settings: QualitySettings, checks: Sequence[Check]) -> list[P
     return problems + [_bad_policy(check) for check in checks if check.default_policy not in _POLICIES]
 
 
+def check_serving(settings: QualitySettings, checks: Sequence[Check], serving: Sequence[Check]) -> list[Problem]:
+    """Returns a problem for every policy that asks for a check which cannot see this kind of data."""
+    idle = {check.name for check in checks} - {check.name for check in serving}
+    return [
+        Problem(
+            setting=f"dpo_ext.quality.policy.{name}",
+            found=f"{name}: {policy}, with unpaired data",
+            reason="the check compares a chosen with a rejected answer, and these rows have one answer each",
+            fix=f"remove it; for unpaired data there are {', '.join(check.name for check in serving)}",
+        )
+        for name, policy in settings.policy.items()
+        if name in idle and policy != "keep"
+    ]
+
+
 def named_twice(names: Sequence[str], kind: str) -> list[Problem]:
     """Returns a problem for every name that two things have."""
     return [

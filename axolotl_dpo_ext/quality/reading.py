@@ -11,7 +11,7 @@ import numpy as np
 from axolotl_dpo_ext.quality.base import PairBatch
 from axolotl_dpo_ext.quality.columns import Columns, find_columns
 from axolotl_dpo_ext.quality.pairs import Pair, parse_pair, parse_single
-from axolotl_dpo_ext.quality.templates import Rendered, TemplateFaultError, render
+from axolotl_dpo_ext.quality.templates import Rendered, TemplateFaultError, render, tool_text
 from axolotl_dpo_ext.quality.tokens import TextTokenizer, TokenIds
 
 if TYPE_CHECKING:
@@ -55,8 +55,9 @@ class PairReader:
         return read_pairs(self.dataset, rows)
 
     def _batch(self, pairs: list[Pair], values: Mapping[str, Sequence[Any]], columns: Columns) -> PairBatch:
-        tools = values["tools"] if columns.tools else [None] * len(pairs)
-        rendered = [self._rendered(pair, tool) for pair, tool in zip(pairs, tools, strict=True)]
+        nothing = [None] * len(pairs)
+        tools, options = (values[n] if n in columns.template else nothing for n in ("tools", "chat_template_kwargs"))
+        rendered = [self._rendered(*row) for row in zip(pairs, tools, options, strict=True)]
         faults = [
             pair.fault or (text if isinstance(text, str) else "") for pair, text in zip(pairs, rendered, strict=True)
         ]
@@ -69,20 +70,21 @@ class PairReader:
             chosen_ids=chosen_ids,
             rejected_ids=rejected_ids,
             faults=faults,
+            tools=[tool_text(each) for each in tools] if "tools" in columns.template else (),
             figures=_figures(values, columns),
             desirable=None if columns.paired else np.array([bool(pair.desirable) for pair in pairs], dtype=np.bool_),
             max_length=self.max_length,
             bos=self.tokenizer.bos,
         )
 
-    def _rendered(self, pair: Pair, tools: Any) -> Rendered | str | None:
+    def _rendered(self, pair: Pair, tools: Any, options: Any) -> Rendered | str | None:
         """Returns a conversation as text, what is wrong with it, or ``None`` for plain text."""
         if pair.conversation is None or self.tokenizer.tokenizer is None or pair.fault:
             return None
         if not self.tokenizer.tokenizer.chat_template:
             return None  # TRL will ask for one; the texts alone are still worth checking
         try:
-            return render(pair, self.tokenizer.tokenizer, tools)
+            return render(pair, self.tokenizer.tokenizer, tools, options)
         except TemplateFaultError as error:
             return str(error)
 

@@ -52,7 +52,7 @@ def found(reason: Reason) -> tuple[str, str]:
 
 def _not_run(reasons: Sequence[Reason]) -> list[str]:
     """Returns what the checks that had nothing to look at would have needed."""
-    return [f"{r.check} had nothing to look at: it needs {r.needs}." for r in reasons if not r.scored and r.needs]
+    return [f"{r.check} had nothing to look at: it needs {r.needs or 'other data'}." for r in reasons if not r.scored]
 
 
 def advice(reasons: Sequence[Reason]) -> str:
@@ -106,7 +106,7 @@ def _flagged_and_kept(result: AuditResult, reason: Reason) -> int:
 
 def by_source(result: AuditResult) -> dict[str, dict[str, Any]]:
     """Returns the figures of each source, by its name."""
-    names, source = np.unique(np.asarray(result.scored.sources, dtype=str), return_inverse=True)
+    names, source = result.scored.source_numbers
     k = len(names)
     pairs = np.bincount(source, minlength=k)
     dropped = np.bincount(source[result.dropped_rows], minlength=k)

@@ -13,7 +13,7 @@ import numpy as np
 
 from axolotl_dpo_ext.quality import page, render
 from axolotl_dpo_ext.quality.bias import LengthBias
-from axolotl_dpo_ext.quality.policies import check_policies
+from axolotl_dpo_ext.quality.policies import check_policies, check_serving
 from axolotl_dpo_ext.quality.reading import read_pairs
 from axolotl_dpo_ext.quality.records import write_records
 from axolotl_dpo_ext.quality.scoring import Scored
@@ -54,6 +54,7 @@ class Reason:
         flagged: Number of flagged pairs; a pair may be flagged by several checks.
         share: ``flagged`` as a share of all pairs, 0 to 1.
         scored: Number of pairs that the check applied to.
+        matches_test_data: Whether matched rows are those of the test data.
         needs: What the check could not do without, if it applied to none.
         example: The flagged pair with the highest score, on one line; ``""`` if there is none.
     """
@@ -66,6 +67,7 @@ class Reason:
     flagged: int
     share: float
     scored: int
+    matches_test_data: bool
     needs: str
     example: str
 
@@ -153,7 +155,7 @@ class AuditResult:
 
         Args:
             settings: The new settings.
-            holdout: The new size of the held-out split; the previous one by default.
+            holdout: The new size of the held-out split. Default: ``settings.holdout``, else the previous one.
 
         Raises:
             ConfigurationError: If a policy names an unknown check or the held-out split cannot be made.
@@ -170,9 +172,11 @@ class AuditResult:
         if settings.group_similar_prompts != self.scored.similar_prompts:
             raise ValueError("prompts were grouped with another `group_similar_prompts`; audit again")
         problems = check_policies(settings, self.scored.checks)
+        problems += check_serving(settings, self.scored.checks, self.scored.serving)
         if problems:
             raise ConfigurationError(problems)
-        return decide(self.scored, settings, self.holdout if holdout is None else holdout)
+        wanted = next(size for size in (holdout, settings.holdout, self.holdout) if size is not None)
+        return decide(self.scored, settings, wanted)
 
     def summary_table(self) -> str:
         """Returns the outcome as plain text for a terminal."""

@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -57,7 +58,7 @@ class Scored(Findings):
 
     Attributes:
         dataset: The data as it was given.
-        checks: The checks that serve this kind of data, run or not, in the order in which they are shown.
+        checks: All checks known, run or not, in the order in which they are shown.
         unit: What lengths were counted in, such as ``tokens``.
         embedder: Name of the embedder.
         similar_prompts: Whether near-duplicate prompts have one group key.
@@ -72,6 +73,19 @@ class Scored(Findings):
     similar_prompts: bool
     sources: Sequence[str] | None
     paired: bool
+
+    @property
+    def serving(self) -> tuple[Check, ...]:
+        """The checks that serve this kind of data."""
+        return tuple(check for check in self.checks if self.paired or check.on_singles)
+
+    @cached_property
+    def source_numbers(self) -> tuple[list[str], NDArray[np.int32]]:
+        """The names of the sources, sorted, and each row's as a number, shape ``(n,)``; needs sources."""
+        names = sorted(set(self.sources or ()))
+        number = {name: i for i, name in enumerate(names)}
+        rows = self.sources or ()
+        return names, np.fromiter((number[name] for name in rows), dtype=np.int32, count=len(rows))
 
 
 class PromptKeys:
@@ -133,6 +147,12 @@ class _Sketches:
     def append(self, rows: NDArray[np.int64], sketches: NDArray[Any]) -> None:
         if self._all is None:
             self._all = np.empty((len(self._rows), *sketches.shape[1:]), dtype=sketches.dtype)
+        fits = sketches.dtype.kind in "biuf" and np.can_cast(sketches.dtype, self._all.dtype, "safe")
+        if not fits or sketches.shape[1:] != self._all.shape[1:]:
+            raise ValueError(
+                f"its sketches are {sketches.dtype} of shape {sketches.shape[1:]} here and {self._all.dtype} of shape "
+                f"{self._all.shape[1:]} in the first batch; return numbers of one kind and as many for every row"
+            )
         end = self.count + len(rows)
         self._rows[self.count : end], self._all[self.count : end] = rows, sketches
         self.count = end
@@ -192,7 +212,7 @@ class _Scoring:
         for check in self._checks:
             if isinstance(check, SetCheck) and self._sketches[check.name].count:
                 rows, sketches = self._sketches.pop(check.name).arrays()
-                self._take(check, rows, self._compare(check, sketches, _reader_of(reader, rows)), rows)
+                self._compare(check, rows, sketches, _reader_of(reader, rows))
         if self._prompts:
             rows, sketches = (np.concatenate(each) for each in zip(*self._prompts, strict=True))
             self._keys[rows] = _grouped(sketches, self._keys[rows], _reader_of(reader, rows))
@@ -213,9 +233,9 @@ class _Scoring:
         except Exception as error:
             raise CheckFailedError(failure(check, where, error)) from error
 
-    def _compare(self, check: SetCheck, sketches: NDArray[Any], read: ReadTexts) -> Scores:
+    def _compare(self, check: SetCheck, rows: NDArray[np.int64], sketches: NDArray[Any], read: ReadTexts) -> None:
         try:
-            return check.compare(sketches, self._settings, read)
+            self._take(check, rows, check.compare(sketches, self._settings, read), rows)
         except Exception as error:
             raise CheckFailedError(failure(check, "all rows", error)) from error
 
@@ -229,6 +249,8 @@ class _Scoring:
         if matched is None:
             return
         matched = np.asarray(matched, dtype=np.int64)
+        if matched.shape != values.shape or (origin is not None and (matched >= len(origin)).any()):
+            raise ValueError("`matched` has to hold, for each pair, the position of one that was compared, or -1")
         if origin is not None:
             matched = np.where(matched >= 0, origin[matched], -1)
         self._matched.setdefault(check.name, np.full(len(self._keys), -1, dtype=np.int64))[rows] = matched

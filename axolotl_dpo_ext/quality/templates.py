@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from axolotl_dpo_ext.quality.text import common_length
@@ -25,25 +25,33 @@ class TemplateFaultError(ValueError):
     """The chat template refuses the conversation; the message says why."""
 
 
-def render(pair: Pair, tokenizer: Any, tools: Any = None) -> Rendered:
+def render(pair: Pair, tokenizer: Any, tools: Any = None, options: Mapping[str, Any] | None = None) -> Rendered:
     """Returns a pair of conversations as text, as TRL renders it (trl/trainer/dpo_trainer.py: tokenize_fn).
 
     Args:
         pair: A pair with a conversation.
         tokenizer: A tokenizer with a chat template.
         tools: The row's tools: a list of function schemas, or that as JSON.
+        options: The row's ``chat_template_kwargs``.
 
     Raises:
         TemplateFaultError: The template refuses the messages, for example because roles do not alternate, or the
             tools cannot be read.
     """
     asked, chosen, rejected = pair.conversation or ([], [], [])
-    tools = _parsed(tools)
+    more = {"tools": _parsed(tools), **{key: value for key, value in (options or {}).items() if value is not None}}
     try:
-        opened = _apply(tokenizer, asked, tools, add_generation_prompt=True) if asked else ""
-        return Rendered(opened, *(_answer(tokenizer, asked, side, tools, opened) for side in (chosen, rejected)))
+        opened = _apply(tokenizer, asked, more, add_generation_prompt=True) if asked else ""
+        return Rendered(opened, *(_answer(tokenizer, asked, side, more, opened) for side in (chosen, rejected)))
     except Exception as error:  # a template raises what it likes: jinja2's errors, TypeError, KeyError
         raise TemplateFaultError(f"the chat template refuses it: {error or type(error).__name__}") from error
+
+
+def tool_text(tools: Any) -> str:
+    """Returns a row's tools as text that is equal for equal tools, ``""`` without any."""
+    if not tools:
+        return ""
+    return tools if isinstance(tools, str) else json.dumps(tools, sort_keys=True, ensure_ascii=False, default=str)
 
 
 def _parsed(tools: Any) -> Any:
@@ -59,13 +67,13 @@ def _parsed(tools: Any) -> Any:
     return parsed or None
 
 
-def _answer(tokenizer: Any, asked: Messages, answer: Messages, tools: Any, opened: str) -> str:
+def _answer(tokenizer: Any, asked: Messages, answer: Messages, more: Mapping[str, Any], opened: str) -> str:
     if not answer:
         return ""
-    whole = _apply(tokenizer, [*asked, *answer], tools)
+    whole = _apply(tokenizer, [*asked, *answer], more)
     # Some templates write the opening of a turn otherwise when its answer follows (an empty thinking block).
     return whole[common_length(opened, whole) :]
 
 
-def _apply(tokenizer: Any, messages: Sequence[dict[str, Any]], tools: Any, **options: bool) -> str:
-    return str(tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, **options))
+def _apply(tokenizer: Any, messages: Sequence[dict[str, Any]], more: Mapping[str, Any], **options: bool) -> str:
+    return str(tokenizer.apply_chat_template(messages, tokenize=False, **more, **options))

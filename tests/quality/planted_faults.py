@@ -108,12 +108,15 @@ def plant(dataset_rows: list[Row], each: int, seed: int) -> tuple[list[Row], dic
 def in_tokens(rows: list[Row], count: Callable[[str], int]) -> list[Row]:
     """Returns rows whose log-probabilities are in proportion to tokens, four characters each, not to characters.
 
-    Real text has fewer tokens a character than made-up words, so that a set of both would have two likelihoods.
+    Real text has fewer tokens a character than made-up words, so that a set of both would have two likelihoods. As in
+    TRL they are sums over the tokens that the run keeps.
     """
     made = []
     for row in rows:
         texts = {f"ref_{side}_logps": row[side] for side in ("chosen", "rejected") if row[side]}
-        made.append(row | {name: row[name] * 4 * count(text) / len(text) for name, text in texts.items()})
+        room = max(MAX_LENGTH - count(row["prompt"] or ""), 0)
+        kept = {name: min(count(text), room) for name, text in texts.items()}
+        made.append(row | {name: row[name] * 4 * kept[name] / len(text) for name, text in texts.items()})
     return made
 
 

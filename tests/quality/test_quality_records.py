@@ -92,11 +92,9 @@ def test_the_table_in_the_terminal(result: AuditResult):
     assert any(line.startswith("  duplicate: row 21 (1): chosen '") for line in table)
     assert "doubled_bos had nothing to look at: it needs a tokenizer with a BOS token." in table
     assert "kept 36 of 40 pairs, dropped 4; 28 to train on, 8 held out, 0 prompts in both" in table
-    assert [line.split(":")[0] for line in table[-3:]] == [
-        "chosen is longer",
-        "mean log length ratio",
-        "sign test of the length bias",
-    ]
+    bias = [line.split(":")[0] for line in table]
+    first = bias.index("chosen is longer")
+    assert bias[first : first + 3] == ["chosen is longer", "mean log length ratio", "sign test of the length bias"]
 
 
 def test_the_page_of_the_report(result: AuditResult, tmp_path: Path):
@@ -107,10 +105,9 @@ def test_the_page_of_the_report(result: AuditResult, tmp_path: Path):
     reasons, what_if, sources = section.tables
     assert [row[3] for row in reasons.rows if row[0] == "contradiction"] == ["2"]
     ratio = [row for row in what_if.rows if row[0] == "length_ratio"]
-    assert [row[1] for row in ratio] == ["> 1.25", "> 1.5", "> 2", "> 3", "> 5", "> 9"]
-    assert [row[2] for row in ratio] == [
-        int((result.scores["length_ratio"] > t).sum()) for t in (1.25, 1.5, 2, 3, 5, 9)
-    ]
+    shares = {t: 100 * (result.scores["length_ratio"] > t).mean() for t in (1.25, 1.5, 2, 3, 5, 9)}
+    expected = ", ".join(f"{share:.1f} % above {t:g}{' (now)' if t == 2 else ''}" for t, share in shares.items())
+    assert ratio == [["length_ratio", "max_length_ratio", expected]]
     assert [row[:5] for row in sources.rows] == [
         [name, 20, *(section.data["sources"][name][part] for part in ("dropped", "train", "heldout"))]
         for name in ("one.jsonl", "two.jsonl")

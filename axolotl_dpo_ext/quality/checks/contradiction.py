@@ -34,13 +34,15 @@ class Contradiction(SetCheck):
     def sketch(self, batch: PairBatch, settings: QualitySettings) -> NDArray[np.uint64]:
         """Returns hashes of the prompt with each answer, and the label, shape ``(n, 3)``; 2 is no label."""
         prompts = _hashes([prompt_key(text) for text in batch.prompts]) * _MIX
+        if batch.tools:  # with other tools another answer may be the better one
+            prompts ^= _hashes(list(batch.tools))
         chosen = prompts ^ _hashes([collapse(text) for text in batch.chosen])
         rejected = prompts ^ _hashes([collapse(text) for text in batch.rejected])
         labels = np.full(len(batch), 2) if batch.desirable is None else batch.desirable
         return np.column_stack([chosen, rejected, labels.astype(np.uint64)])
 
     def compare(self, sketches: NDArray[np.uint64], settings: QualitySettings, read: ReadTexts) -> Scores:
-        """Returns the number of answers of the largest cycle that a pair is part of, 0 if of none.
+        """Returns how many answers the cycles connect that a pair is part of, 0 if it is part of none.
 
         The matched row is one that prefers what this pair rejects, within the cycle: the reverse pair if there is one.
         """

@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 class Duplicate(SetCheck):
     """Finds pairs whose prompt and answers are each nearly those of another pair.
 
-    Of each two, one is spared: that with the smaller hash of its text, so that it does not depend on row order.
+    Of each two, the one with the smaller hash of its text is not flagged, so that it does not depend on row order. What
+    other checks say of that one plays no part: it can be dropped for a reason of its own. Rows with other tools, and
+    unpaired answers with another label, are no duplicates.
     """
 
     name = "duplicate"
@@ -33,30 +35,29 @@ class Duplicate(SetCheck):
         return settings.max_duplicate_similarity
 
     def sketch(self, batch: PairBatch, settings: QualitySettings) -> NDArray[np.uint32]:
-        """Returns MinHashes, a hash of the texts and the label, shape ``(n, 39)``."""
-        labels = np.zeros(len(batch)) if batch.desirable is None else batch.desirable
+        """Returns MinHashes, a hash of the texts, and one of tools and label, shape ``(n, 39)``."""
+        labels = np.zeros(len(batch), dtype=np.uint32) if batch.desirable is None else batch.desirable.astype(np.uint32)
+        if batch.tools:
+            labels = labels | np.array([stable_hash(text) & 0xFFFFFFFE for text in batch.tools], dtype=np.uint32)
         hashes = [_content(*texts) for texts in zip(batch.prompts, batch.chosen, batch.rejected, strict=True)]
         return np.column_stack(
             [
                 near_duplicates.sketch([batch.prompts, batch.chosen, batch.rejected]).reshape(len(batch), -1),
                 np.array(hashes, dtype=np.uint64).view(np.uint32).reshape(-1, 2),
-                labels.astype(np.uint32),
+                labels,
             ]
         )
 
     def compare(self, sketches: NDArray[np.uint32], settings: QualitySettings, read: ReadTexts) -> Scores:
-        """Returns the similarity to the most similar pair with a smaller hash, 0 if none is near.
-
-        Unpaired answers with different labels are no duplicates but contradictions.
-        """
+        """Returns the similarity to the most similar pair with a smaller hash, 0 if none is near."""
         minima = sketches[:, :-3].reshape(len(sketches), -1, 3)
         ranks = np.ascontiguousarray(sketches[:, -3:-1]).view(np.uint64).ravel()
-        labels = np.unique(sketches[:, -1])
-        if len(labels) == 1:  # as of all pairs: without a copy of all sketches
+        labels, sizes = np.unique(sketches[:, -1], return_counts=True)
+        if len(labels) == 1:  # as of pairs without tools: without a copy of all sketches
             return Scores(*near_duplicates.nearest_before(minima, ranks, read))
         values, matched = np.zeros(len(sketches)), np.full(len(sketches), -1, dtype=np.int64)
-        for label in labels:
-            places = np.flatnonzero(sketches[:, -1] == label)
+        groups = np.split(np.argsort(sketches[:, -1], kind="stable"), np.cumsum(sizes)[:-1])
+        for places in (group for group in groups if len(group) > 1):
             found = near_duplicates.nearest_before(minima[places], ranks[places], _reader_at(places, read))
             values[places] = found[0]
             matched[places] = np.where(found[1] >= 0, places[found[1]], -1)

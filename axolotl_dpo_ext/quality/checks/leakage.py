@@ -18,8 +18,8 @@ class Leakage(PairCheck):
     name = "leakage"
     summary = "the prompt is also in the test data"
     on_singles = True
-    sees_malformed = True
     needs = "test data"
+    matches_test_data = True
 
     def threshold(self, settings: QualitySettings) -> float:
         """Returns 0.5, between absent (0) and present (1)."""
