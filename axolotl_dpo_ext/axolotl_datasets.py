@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import itertools
+import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -35,27 +39,62 @@ def load_sources(cfg: DictDefault) -> Loaded:
     from datasets import concatenate_datasets
 
     shuffles = bool(cfg.shuffle_merged_datasets) and not cfg.curriculum_sampling
-    # Axolotl's own exact deduplication, its shuffling of each source and its Hub copy are of all sources together.
-    if cfg.dataset_exact_deduplication or cfg.shuffle_before_merging_datasets or cfg.push_dataset_to_hub:
+    if cfg.push_dataset_to_hub:  # others may load that copy without this pack: it is shuffled as Axolotl would
         train, test = _load(cfg)
+        return Loaded(train, None, test, shuffles=False)
+    # Axolotl's own exact deduplication and its shuffling of each source are of all sources together.
+    if cfg.dataset_exact_deduplication or cfg.shuffle_before_merging_datasets:
+        train, test = _load(cfg, shuffle_merged_datasets=False)
         return Loaded(train, None, test, shuffles)
-    parts, test = [], None
-    for number, source in enumerate(cfg.datasets):
-        changed = {"datasets": [source], **({"test_datasets": None} if number else {})}
-        train, loaded_test = _load(cfg, **changed)
-        parts.append(train)
-        test = test if number else loaded_test
+    parts, tests = [], []
+    # Axolotl reads the n-th test set with the field names of the n-th dataset, so they stay side by side.
+    for source, test_source in itertools.zip_longest(cfg.datasets, cfg.test_datasets or []):
+        test_sources = [test_source] if test_source else None
+        given = [source or cfg.datasets[-1]]
+        train, test = _load(cfg, datasets=given, test_datasets=test_sources, shuffle_merged_datasets=False)
+        parts += [train] if source else []
+        tests += [test] if test_source else []
     labels = [label for label, part in zip(_names(cfg.datasets), parts, strict=True) for _ in range(len(part))]
-    merged = parts[0] if len(parts) == 1 else concatenate_datasets(parts)
-    return Loaded(merged, labels if len(parts) > 1 else None, test, shuffles)
+    return Loaded(
+        train=parts[0] if len(parts) == 1 else concatenate_datasets(parts),
+        sources=labels if len(parts) > 1 else None,
+        test=concatenate_datasets(tests) if tests else None,
+        shuffles=shuffles,
+    )
 
 
 def _load(cfg: DictDefault, **changed: Any) -> tuple[Dataset, Dataset | None]:
     from axolotl.common.datasets import load_preference_datasets
 
-    with _changed(cfg, val_set_size=0, shuffle_merged_datasets=False, **changed):
+    with _changed(cfg, val_set_size=0, dataset_prepared_path=str(_folder(cfg)), **changed):
         loaded = load_preference_datasets(cfg=cfg)
     return loaded.train_dataset, loaded.eval_dataset
+
+
+def _folder(cfg: DictDefault) -> Path:
+    """Returns where Axolotl keeps the rows that it prepares for the audit.
+
+    Not among its own: the name of a prepared copy says nothing of shuffling, so a run without this pack would read
+    our unshuffled rows and we its shuffled ones, whose numbers are not those of the source. Nor does the name say
+    anything of a file's content: pairs that were mended after an audit would not be seen.
+    """
+    from axolotl.common.const import DEFAULT_DATASET_PREPARED_PATH
+
+    files = [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in _local_files(cfg)]
+    known = json.dumps([str(cfg.rl), cfg.excess_length_strategy, files], default=str)
+    name = hashlib.sha256(known.encode()).hexdigest()[:16]
+    return Path(cfg.dataset_prepared_path or DEFAULT_DATASET_PREPARED_PATH) / "dpo_ext_data" / name
+
+
+def _local_files(cfg: DictDefault) -> list[Path]:
+    named = []
+    for source in [*cfg.datasets, *(cfg.test_datasets or [])]:
+        files = source.get("data_files") or []
+        named += [source["path"], *([files] if isinstance(files, str) else files)]
+    found: set[Path] = set()
+    for path in map(Path, named):
+        found.update([path] if path.is_file() else (file for file in path.rglob("*") if file.is_file()))
+    return sorted(found)
 
 
 @contextlib.contextmanager

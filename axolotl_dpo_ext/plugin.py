@@ -229,6 +229,8 @@ def _audit(loaded: Loaded, cfg: DictDefault, settings: QualitySettings, holdout:
         checks=list(extensions().pair_checks.values()),
         embedders=list(extensions().embedders.values()),
         max_length=cfg.sequence_len,
+        # For dpo and ipo Axolotl overrides a method to take a second BOS away, which TRL no longer calls.
+        single_bos=cfg.rl in ("orpo", "simpo"),
         holdout=holdout,
         test=loaded.test,
         sources=loaded.sources,

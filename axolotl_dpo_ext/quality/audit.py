@@ -43,6 +43,7 @@ def audit(
     checks: Sequence[Check] | None = None,
     embedders: Sequence[Embedder] | None = None,
     max_length: int | None = None,
+    single_bos: bool = False,
     holdout: float | None = None,
     test: Dataset | None = None,
     sources: str | Sequence[str] | None = None,
@@ -66,6 +67,8 @@ def audit(
         embedders: The embedders that settings can name besides models; the built-in one by default.
         max_length: Tokens of prompt and answer that the run keeps (TRL's ``max_length``, Axolotl's
             ``sequence_len``). Without it nothing is truncated.
+        single_bos: Whether the trainer puts BOS in front of a text only where it has none, as TRL's trainers for ORPO
+            and CPO (SimPO) do. The others tokenize with all special tokens and may train on two.
         holdout: Size of the held-out split: 0, a fraction below 1, or a number of pairs. Default:
             ``settings.holdout``, and no split if that is not set either.
         test: Test data that the run will evaluate on; pairs whose prompt is there too are flagged.
@@ -103,7 +106,7 @@ def audit(
     if len(dataset) == 0:
         raise QualityStop("The dataset has no pairs: nothing to train on. Check its path and its `split`.")
     labels = source_labels(dataset, sources)
-    reader = PairReader(dataset, TextTokenizer.of(tokenizer), max_length, known_faults(faults, dataset))
+    reader = PairReader(dataset, TextTokenizer.of(tokenizer, single_bos), max_length, known_faults(faults, dataset))
     embedder = find_embedder(settings.embedder, embedders)
     keys = None if test is None else prompt_keys(test, batch_size)
 

@@ -108,7 +108,9 @@ class PairReader:
     def _framed(self, side: str, ids: NDArray[np.int64], text: str) -> NDArray[np.int64]:
         """Adds to a plain text's ids what TRL and the tokenizer add: BOS to prompts, EOS to answers."""
         if side == "prompt":
-            return np.concatenate([self.tokenizer.opening, ids]).astype(np.int64) if self.tokenizer.opening else ids
+            begun = self.tokenizer.single_bos and len(ids) > 0 and ids[0] == self.tokenizer.bos
+            opening = () if begun else self.tokenizer.opening
+            return np.concatenate([opening, ids]).astype(np.int64) if opening else ids
         if self.tokenizer.eos is None or not text or text.endswith(self.tokenizer.eos[1]):
             return ids
         return np.append(ids, self.tokenizer.eos[0])

@@ -75,6 +75,7 @@ class TextTokenizer:
         opening: Ids that the tokenizer puts in front of a plain text, such as BOS.
         eos: The id and the text of the end-of-sequence token that TRL adds to plain answers, or ``None``.
         bos: Id of the token that begins a sequence, or ``None``.
+        single_bos: Whether ``opening`` is left out in front of a plain text that begins with BOS.
     """
 
     encode: Encode
@@ -83,10 +84,15 @@ class TextTokenizer:
     opening: tuple[int, ...] = ()
     eos: tuple[int, str] | None = None
     bos: int | None = None
+    single_bos: bool = False
 
     @classmethod
-    def of(cls, tokenizer: Any) -> TextTokenizer:
+    def of(cls, tokenizer: Any, single_bos: bool = False) -> TextTokenizer:
         """Reads a Transformers tokenizer; ``None`` counts words.
+
+        Args:
+            tokenizer: The tokenizer, or any callable that takes a list of texts.
+            single_bos: Whether the trainer puts BOS itself, in front of texts without one.
 
         Raises:
             TypeError: It cannot be called with a list of texts.
@@ -105,9 +111,10 @@ class TextTokenizer:
             encode=_encoder(inner),
             unit="tokens",
             tokenizer=inner if hasattr(inner, "apply_chat_template") else None,
-            opening=_opening(inner, eos),
+            opening=_opening(inner, eos) if not single_bos else () if bos is None else (int(bos),),
             eos=None if eos is None else (int(eos), str(inner.eos_token)),
             bos=None if bos is None else int(bos),
+            single_bos=single_bos,
         )
 
 
