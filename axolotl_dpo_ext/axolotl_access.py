@@ -84,3 +84,25 @@ def _is_as_loaded(model: Any, checkpoint: Checkpoint) -> bool:
     vocabulary = saved.get("text_config", saved).get("vocab_size")
     weight = model.get_input_embeddings().weight
     return bool(getattr(weight, "ds_shape", weight.shape)[0] == vocabulary)  # ZeRO-3 leaves an empty tensor
+
+
+@contextlib.contextmanager
+def broken_rows_kept() -> Iterator[None]:
+    """Lets Axolotl load rows with an empty or missing side, so that the audit can say which they are and drop them.
+
+    Its length filter (utils/data/rl.py) ends the run at the first such row, and names none. An Axolotl that no longer
+    has that filter loads as it does.
+    """
+    import axolotl.utils.data.rl as rl_data
+
+    upstream = getattr(rl_data, "_drop_long_sequences", None)
+    if upstream is None:
+        yield
+        return
+
+    def keep_broken_or_fitting(sample: dict[str, Any], rl: Any, tokenizer: Any, sequence_len: int) -> bool:
+        sides = ("prompt", "completion") if str(getattr(rl, "value", rl)) == "kto" else ("prompt", "chosen", "rejected")
+        return not all(sample.get(side) for side in sides) or upstream(sample, rl, tokenizer, sequence_len)
+
+    with mock.patch.object(rl_data, "_drop_long_sequences", keep_broken_or_fitting):
+        yield

@@ -66,7 +66,9 @@ def load_sources(cfg: DictDefault) -> Loaded:
 def _load(cfg: DictDefault, **changed: Any) -> tuple[Dataset, Dataset | None]:
     from axolotl.common.datasets import load_preference_datasets
 
-    with _changed(cfg, val_set_size=0, dataset_prepared_path=str(_folder(cfg)), **changed):
+    from axolotl_dpo_ext.axolotl_access import broken_rows_kept
+
+    with broken_rows_kept(), _changed(cfg, val_set_size=0, dataset_prepared_path=str(_folder(cfg)), **changed):
         loaded = load_preference_datasets(cfg=cfg)
     return loaded.train_dataset, loaded.eval_dataset
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from tests.integration import runs
 from tests.integration.quality_runs import FLAG_ALL, PLUGIN, keys, lines_of, load
@@ -119,3 +122,23 @@ def save_model_with_bos(model: Path, folder: Path, written: bool) -> Path:
     tokenizer.save_pretrained(folder)
     LlamaForCausalLM.from_pretrained(model).save_pretrained(folder)
     return folder
+
+
+@pytest.mark.parametrize("strategy", ["drop", "truncate"])
+def test_empty_and_missing_answers_are_dropped_by_the_audit_and_end_no_run(inputs: Path, tmp_path: Path, strategy: str):
+    texts = [
+        {
+            "prompt": pair["messages"][0]["content"],
+            "chosen": pair["chosen"]["content"],
+            "rejected": pair["rejected"]["content"],
+        }
+        for number, pair in enumerate(runs.made_pairs()[:80])
+        if number % 20 not in (7, 14)
+    ]
+    texts[3]["chosen"], texts[5]["rejected"] = "", None
+    data = runs.write_rows(tmp_path / "texts.jsonl", texts)
+    made = keys(inputs, {"holdout": 0}, excess_length_strategy=strategy, plugins=[PLUGIN])
+    made["datasets"] = [{"path": str(data), "ds_type": "json", "split": "train"}]
+    (loaded,) = load([{"keys": made}], tmp_path)
+    assert len(loaded["train"]) == len(texts) - 2
+    assert any(re.search(r"malformed +drop +> 0.5 +2 ", line) for line in loaded["log"])
