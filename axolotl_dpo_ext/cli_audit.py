@@ -190,6 +190,8 @@ def _read_changes(settings: Sequence[str]) -> dict[str, Any]:
 
 def _refuse_overwriting(request: _Request) -> None:
     """Refuses to write where data are read, or where a training run has left its report."""
+    from axolotl_dpo_ext.report import JSON_NAME
+
     output, records = request.output, request.records
     if records is not None and records.suffix.lower() not in _RECORD_SUFFIXES:
         raise click.UsageError(f"--records {records}: records are written as {' or '.join(_RECORD_SUFFIXES)}")
@@ -199,6 +201,11 @@ def _refuse_overwriting(request: _Request) -> None:
             raise click.UsageError(f"{path} is read by this audit and would be replaced; write somewhere else")
     if output is not None and (output / "preference_log.jsonl").exists():
         raise click.UsageError(f"{output} holds a training run, whose report would be replaced; write somewhere else")
+    there = [path.name for path in names_in(output) if path.exists()] if output else []
+    if output and there and not (output / JSON_NAME).exists():  # an audit always leaves its report
+        raise click.UsageError(
+            f"{output} holds {', '.join(there)}, which no audit left there; move them or write somewhere else"
+        )
 
 
 def _write(audited: AuditResult, request: _Request) -> dict[str, int | None]:

@@ -77,7 +77,8 @@ def in_datasets(keys: Mapping[str, Any], error: Exception) -> list[Problem]:
 
     if problems := in_files(keys, error):
         return problems
-    if not isinstance(error, (ValueError, OSError, DatasetsError)):
+    # A `type:` that reads a column which is not there raises KeyError, or TypeError where the column holds nothing.
+    if not isinstance(error, (ValueError, OSError, DatasetsError, KeyError, TypeError)):
         return []
     return [
         Problem(

@@ -427,3 +427,14 @@ def test_a_broken_line_is_named_and_the_good_rows_can_be_had(inputs: Path, tmp_p
     keys["datasets"][0]["path"] = "good/train.jsonl"
     again = audit_yaml(keys, tmp_path, "--json")
     assert json.loads(again.stdout)["dropped"] == 0, again.stderr[-6000:]
+
+
+def test_files_that_no_audit_wrote_are_not_replaced(tmp_path: Path):
+    (tmp_path / "pairs.jsonl").write_text(json.dumps({"prompt": "a", "chosen": "b c", "rejected": "d e"}) + "\n")
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "heldout.jsonl").write_text("mine\n")
+    command = [str(tmp_path / "pairs.jsonl"), "--output", str(tmp_path / "own")]
+    done = CliRunner().invoke(cli, ["audit", *command])
+    assert done.exit_code == 2
+    assert "holds heldout.jsonl, which no audit left there" in done.output
+    assert (tmp_path / "own" / "heldout.jsonl").read_text() == "mine\n"

@@ -100,14 +100,17 @@ def test_rows_of_local_files_are_named_with_line_and_reason(error: Exception, tm
         assert problems[2].fix == problems[3].fix == "mend it"
 
 
-def test_sound_files_leave_an_error_as_it_is(tmp_path: Path):
+def test_sound_files_are_not_blamed_and_a_missing_column_is_told(tmp_path: Path):
     (tmp_path / "sound.jsonl").write_text('{"prompt": "q", "chosen": "a", "rejected": "b"}\n', encoding="utf-8")
     keys = {"datasets": [{"path": str(tmp_path / "sound.jsonl")}]}
     error = KeyError("messages")
-    for step in (in_files, in_datasets):
-        with pytest.raises(KeyError) as caught, explained(keys, step):
-            raise error
-        assert caught.value is error
+    with pytest.raises(KeyError) as caught, explained(keys, in_files):
+        raise error
+    assert caught.value is error
+    with pytest.raises(ConfigurationError) as told, explained(keys, in_datasets):
+        raise error
+    assert "KeyError: 'messages'" in str(told.value)
+    assert "correct `path`, `type` and the field names" in str(told.value)
 
 
 def test_bfloat16_on_a_machine_without_it_is_told():

@@ -127,6 +127,7 @@ def audit(
         similar_prompts=settings.group_similar_prompts,
         sources=labels,
         paired=paired,
+        unreadable=frozenset(reader.faults),
     )
     return decide(scored, settings, wanted)
 

@@ -177,6 +177,7 @@ def _save(path: Path, found: Findings) -> None:
                 file,
                 **arrays,
                 **{name: getattr(found, name) for name in ("log_ratio", "log_likelihood", "keys")},
+                promptless=found.promptless,
                 faults=np.frombuffer(json.dumps(sorted(found.faults.items())).encode(), dtype=np.uint8),
                 # Order is not lost in a dictionary of arrays, but an empty one would be.
                 names=np.frombuffer(json.dumps([list(found.scores), list(found.matched)]).encode(), dtype=np.uint8),
@@ -196,4 +197,5 @@ def _load(path: Path) -> Findings:
             log_ratio=file["log_ratio"],
             log_likelihood=file["log_likelihood"],
             keys=file["keys"],
+            promptless=int(file["promptless"]),
         )

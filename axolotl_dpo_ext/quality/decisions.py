@@ -38,6 +38,8 @@ def decide(scored: Scored, settings: QualitySettings, holdout: float) -> AuditRe
     for check in active:
         if policy_of(check, settings) == "drop":
             drop |= scored.scores[check.name] > threshold_of(check, settings)
+    # A row that could not be read has nothing to train on, whatever the policy.
+    drop[list(scored.unreadable)] = True
     reasons = tuple(_reason(check, scored, settings) for check in active)
     dropped, kept = np.flatnonzero(drop), np.flatnonzero(~drop)
     _stop_if_little_is_left(len(dropped), len(kept), reasons, settings)

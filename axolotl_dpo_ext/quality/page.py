@@ -86,7 +86,9 @@ def _is_allowed(setting: str, value: float) -> bool:
 
 def _at(threshold: float, flagged: int, reason: Reason, pairs: int) -> str:
     now = " (now)" if threshold == reason.threshold else ""
-    return f"{percent(flagged / pairs)} above {threshold:g}{now}"
+    # The score behind a smallest allowed value is one minus it.
+    limit = f"below {round(1 - threshold, 6):g}" if reason.setting.startswith("min_") else f"above {threshold:g}"
+    return f"{percent(flagged / pairs)} {limit}{now}"
 
 
 def _sources(result: AuditResult) -> list[Table]:

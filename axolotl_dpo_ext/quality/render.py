@@ -137,7 +137,24 @@ def _source_lines(result: AuditResult) -> list[str]:
 def _warnings(result: AuditResult) -> list[str]:
     """Returns what may spoil the run as a whole, rather than single pairs."""
     words = [] if result.scored.unit == "tokens" else ["Lengths are words, not tokens: no tokenizer was given."]
-    return [*_bias_warning(result.length_bias_after), *foreign_warning(result.scored.log_likelihood), *words]
+    return [
+        *_prompt_warning(result),
+        *_bias_warning(result.length_bias_after),
+        *foreign_warning(result.scored.log_likelihood),
+        *words,
+    ]
+
+
+def _prompt_warning(result: AuditResult) -> list[str]:
+    missing = result.scored.promptless
+    if not missing:
+        return []
+    columns = ", ".join(result.scored.dataset.column_names)
+    return [
+        f"{missing} of {result.pairs} rows have no prompt (columns: {columns}): they are compared by their answers "
+        "alone, so answers to different questions can look contradictory or double, and one question can be on both "
+        "sides of the held-out split. Name the prompt's column `prompt`."
+    ]
 
 
 def _bias_warning(bias: LengthBias) -> list[str]:

@@ -220,7 +220,7 @@ class AuditResult:
             "score": score if np.isfinite(score) else None,  # JSON has no infinity
             "threshold": reason.threshold,
             "matched_row": int(matched[row]) if matched is not None and matched[row] >= 0 else None,
-            "action": reason.policy,
+            "action": "drop" if fault and row in self.scored.unreadable else reason.policy,
             "reason": fault or f"{reason.summary}: {score:.4g} > {reason.threshold:.4g}",
         }
 

@@ -42,6 +42,7 @@ class Findings:
         log_likelihood: Mean log-probability of the tokens of both answers under the reference, nats, shape
             ``(n, 2)``; ``(0, 2)`` where the data has none.
         keys: Group key of the prompt.
+        promptless: Number of well-formed rows without a prompt, whose key is that of their answers.
     """
 
     scores: dict[str, NDArray[np.float64]]
@@ -50,6 +51,7 @@ class Findings:
     log_ratio: NDArray[np.float64]
     log_likelihood: NDArray[np.float64]
     keys: NDArray[np.uint64]
+    promptless: int
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -64,6 +66,7 @@ class Scored(Findings):
         similar_prompts: Whether near-duplicate prompts have one group key.
         sources: Where each row is from, or ``None``.
         paired: Whether the rows are pairs.
+        unreadable: Rows that could not be read from their file: they are never trained on.
     """
 
     dataset: Dataset
@@ -73,6 +76,7 @@ class Scored(Findings):
     similar_prompts: bool
     sources: Sequence[str] | None
     paired: bool
+    unreadable: frozenset[int]
 
     @property
     def serving(self) -> tuple[Check, ...]:
@@ -172,6 +176,7 @@ class _Scoring:
         self._faults: dict[int, str] = {}
         self._log_ratio, self._keys = np.full(n, np.nan), np.zeros(n, dtype=np.uint64)
         self._log_likelihood = np.empty((0, 2))
+        self._promptless = 0
         self._sketches = {check.name: _Sketches(n) for check in checks if isinstance(check, SetCheck)}
         self._prompts: list[tuple[NDArray[np.int64], NDArray[np.uint32]]] = []
         self._start = 0
@@ -193,6 +198,7 @@ class _Scoring:
         if batch.desirable is None and sound:
             lengths = np.maximum(well_formed.chosen_tokens, 1) / np.maximum(well_formed.rejected_tokens, 1)
             self._log_ratio[self._start + np.asarray(sound)] = np.log(lengths)
+        self._promptless += well_formed.prompts.count("")
         asked = [row for row, prompt in enumerate(batch.prompts) if prompt]
         if "chosen_logp" in batch.figures:
             if not len(self._log_likelihood):
@@ -205,7 +211,15 @@ class _Scoring:
 
     def findings(self) -> Findings:
         """Returns what was found."""
-        return Findings(self.scores, self._matched, self._faults, self._log_ratio, self._log_likelihood, self._keys)
+        return Findings(
+            self.scores,
+            self._matched,
+            self._faults,
+            self._log_ratio,
+            self._log_likelihood,
+            self._keys,
+            self._promptless,
+        )
 
     def compare(self, reader: PairReader) -> None:
         """Runs the checks of the whole set, and groups prompts that are nearly the same."""

@@ -96,7 +96,8 @@ def every_kind(inputs: Path, folder: Path) -> dict[str, dict[str, Any]]:
     for rl, transform, rows, more in KINDS:
         name = f"{rl} {more.get('name', transform or 'none')}"
         source = {"path": str(files[rows]), "split": "train", "type": transform, **more.get("source", {})}
-        made[name] = keys(inputs, {"holdout": 0, **FLAG_ALL}, plugins=[PLUGIN], datasets=[source], rl=rl)
+        quality = {"policy": {"duplicate": "flag"}} if rl == "kto" else FLAG_ALL
+        made[name] = keys(inputs, {"holdout": 0, **quality}, plugins=[PLUGIN], datasets=[source], rl=rl)
         made[name] |= {
             "output_dir": name,
             "dataset_prepared_path": f"prepared/{name}",

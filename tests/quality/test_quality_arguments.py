@@ -157,3 +157,18 @@ def test_rows_with_other_tools_are_neither_duplicates_nor_contradictions():
     assert audit(Dataset.from_dict(rows)).counts["duplicate"] == 1
     swapped = {**rows, "chosen": [a, b, b], "rejected": [b, a, a]}
     assert audit(Dataset.from_dict(swapped)).scores["contradiction"].tolist() == [2, 0, 2]
+
+
+def test_rows_without_a_prompt_are_told(pairs: Dataset):
+    renamed = audit(pairs.rename_column("prompt", "question"))
+    assert "20 of 20 rows have no prompt (columns: question, chosen, rejected)" in renamed.summary_table()
+    assert any("Name the prompt's column `prompt`" in note for note in renamed.section().notes)
+    assert "have no prompt" not in audit(pairs).summary_table()
+
+
+def test_what_could_not_be_read_is_never_trained_on(pairs: Dataset):
+    flag = QualitySettings(policy={"malformed": "flag"})
+    result = audit(pairs, settings=flag, faults={3: "pairs.jsonl, line 4: not JSON"})
+    assert result.dropped_rows.tolist() == [3]
+    assert [(r["row"], r["action"]) for r in result.records] == [(3, "drop")]
+    assert result.rethreshold(flag).dropped_rows.tolist() == [3]
